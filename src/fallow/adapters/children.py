@@ -1,0 +1,60 @@
+"""Child processes that die with us."""
+
+import asyncio
+import contextlib
+import os
+import signal
+import sys
+from asyncio.subprocess import DEVNULL, Process
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from fallow.adapters import tether
+
+TERM_S = 1.5
+"""How long a child may take to end by itself before it is killed."""
+
+
+async def spawn(
+    command: Sequence[str],
+    *,
+    environment: Mapping[str, str] | None = None,
+    death_signal: signal.Signals = signal.SIGTERM,
+    stdin: int = DEVNULL,
+    stdout: int | None = DEVNULL,
+    stderr: int | None = DEVNULL,
+    pass_fds: Sequence[int] = (),
+) -> Process:
+    """Start a command in a session of its own (Ctrl-C reaches only us) that gets `death_signal` when we die."""
+    tethered = [sys.executable, "-I", "-S", str(Path(tether.__file__)), str(os.getpid()), str(int(death_signal)), "--", *command]
+    return await asyncio.create_subprocess_exec(
+        *tethered,
+        env=environment,
+        stdin=stdin,
+        stdout=stdout,
+        stderr=stderr,
+        start_new_session=True,
+        pass_fds=tuple(pass_fds),
+    )
+
+
+async def end(process: Process, *, within_s: float = TERM_S) -> None:
+    """Ask a child to end, and kill it if it doesn't."""
+    if process.returncode is not None:
+        return
+    with contextlib.suppress(ProcessLookupError):
+        process.terminate()
+        process.send_signal(signal.SIGCONT)  # one that is stopped can't hear
+    try:
+        async with asyncio.timeout(within_s):
+            await process.wait()
+    except TimeoutError:
+        await kill(process)
+
+
+async def kill(process: Process) -> None:
+    """End a child at once."""
+    if process.returncode is None:
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+        await process.wait()

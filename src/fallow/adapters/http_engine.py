@@ -1,0 +1,243 @@
+"""An engine that speaks HTTP/1.1 on a Unix socket or a TCP port; the parser is httptools, the connections are ours.
+
+A general client costs a third of the gateway's throughput here (docs/adr/0003), and needs none of what we ask.
+"""
+
+import asyncio
+import contextlib
+from collections import deque
+from collections.abc import AsyncIterator
+from time import perf_counter_ns
+from typing import cast
+
+import httptools
+
+from fallow.model.errors import EngineFailed
+from fallow.model.messages import Head
+
+IDLE_S_MAX = 4.0
+USES_MAX = 90
+"""llama.cpp closes a connection after 5 s of idling or 100 requests; we are there first."""
+IDLE_CONNECTIONS_MAX = 64
+CONNECT_S = 2.0
+BUFFER_BYTES_MAX = 256 * 1024
+HEADERS_MAX = 64
+
+
+class _Connection(asyncio.Protocol):
+    """One connection, one request at a time."""
+
+    def __init__(self) -> None:
+        self.transport: asyncio.Transport | None = None
+        self.uses = 0
+        self.idle_since = 0.0
+        self.begin()
+
+    def begin(self) -> None:
+        """Get ready for the next answer."""
+        self.parser = httptools.HttpResponseParser(self)
+        self.status = 0
+        self.content_type = ""
+        self.headers = 0
+        self.head_at_ns = 0
+        self.chunks: deque[bytes] = deque()
+        self.buffered = 0
+        self.is_whole = False
+        self.is_broken = False
+        self.wake: asyncio.Future[None] | None = None
+
+    # asyncio.Protocol
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast(asyncio.Transport, transport)  # uvloop's own are no subclasses
+
+    def data_received(self, data: bytes) -> None:
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserError:
+            self.is_broken = True
+            self.close()
+        self._tell()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.is_broken = True
+        self._tell()
+
+    # httptools
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self.headers += 1
+        if self.headers > HEADERS_MAX:
+            raise ValueError("too many headers")
+        if name.lower() == b"content-type":
+            self.content_type = value.decode("latin-1")
+
+    def on_headers_complete(self) -> None:
+        self.status = self.parser.get_status_code()
+        self.head_at_ns = perf_counter_ns()
+
+    def on_body(self, body: bytes) -> None:
+        self.chunks.append(body)
+        self.buffered += len(body)
+        if self.buffered > BUFFER_BYTES_MAX and self.transport is not None:
+            self.transport.pause_reading()
+
+    def on_message_complete(self) -> None:
+        self.is_whole = True
+
+    # ours
+    @property
+    def is_open(self) -> bool:
+        return self.transport is not None and not self.transport.is_closing() and not self.is_broken
+
+    @property
+    def keeps(self) -> bool:
+        return self.is_whole and self.is_open and self.parser.should_keep_alive() and self.uses < USES_MAX
+
+    def close(self) -> None:
+        if self.transport is not None:
+            self.transport.abort()
+
+    def _tell(self) -> None:
+        if self.wake is not None and not self.wake.done():
+            self.wake.set_result(None)
+
+    async def wait(self) -> None:
+        """Until something came."""
+        self.wake = asyncio.get_running_loop().create_future()
+        await self.wake
+
+    def take(self) -> bytes:
+        """All bytes that came since the last time."""
+        data = self.chunks.popleft() if len(self.chunks) == 1 else b"".join(self.chunks)
+        self.chunks.clear()
+        if self.buffered > BUFFER_BYTES_MAX and self.transport is not None:
+            self.transport.resume_reading()
+        self.buffered = 0
+        return data
+
+
+class HttpAnswer:
+    """An engine's answer as it comes."""
+
+    def __init__(self, connection: _Connection, head: Head) -> None:
+        self._connection = connection
+        self.head = head
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all of it came and was taken."""
+        return self._connection.is_whole and not self._connection.chunks
+
+    async def body(self) -> AsyncIterator[bytes]:
+        """The body's bytes as they come; raises EngineFailed if the connection breaks before its end."""
+        connection = self._connection
+        while True:
+            if connection.chunks:
+                yield connection.take()
+            elif connection.is_whole:
+                return
+            elif connection.is_broken:
+                raise EngineFailed("the engine closed the connection in the middle of its answer")
+            else:
+                await connection.wait()
+
+
+class HttpEngine:
+    """The client of one engine. `address` is an absolute path of a socket, or `host:port`."""
+
+    def __init__(self, address: str) -> None:
+        self._address = address
+        self._idle: list[_Connection] = []
+
+    @contextlib.asynccontextmanager
+    async def post(self, path: str, body: bytes) -> AsyncIterator[HttpAnswer]:
+        """Ask the engine. Leaving before the answer's end closes the connection, which stops the generation."""
+        head = f"POST {path} HTTP/1.1\r\nhost: engine\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+        async with self._asked(head.encode() + body) as answer:
+            yield answer
+
+    async def is_healthy(self, within_s: float) -> bool:
+        """Whether the engine answers that it is ready."""
+        try:
+            async with asyncio.timeout(within_s), self._asked(b"GET /health HTTP/1.1\r\nhost: engine\r\n\r\n") as answer:
+                return answer.head.status == 200
+        except (EngineFailed, TimeoutError):
+            return False
+
+    async def get(self, path: str, within_s: float, bytes_max: int) -> tuple[int, bytes]:
+        """A small document of the engine: status and body; raises EngineFailed."""
+        data = b""
+        try:
+            async with asyncio.timeout(within_s), self._asked(f"GET {path} HTTP/1.1\r\nhost: engine\r\n\r\n".encode()) as answer:
+                async for chunk in answer.body():
+                    data += chunk
+                    if len(data) > bytes_max:
+                        raise EngineFailed(f"the engine's {path} is over {bytes_max} bytes")
+                return answer.head.status, data
+        except TimeoutError:
+            raise EngineFailed(f"the engine did not answer {path} within {within_s:g} s") from None
+
+    @contextlib.asynccontextmanager
+    async def _asked(self, request: bytes) -> AsyncIterator[HttpAnswer]:
+        asked_ns = perf_counter_ns()
+        connection = await self._send(request)
+        try:
+            engine_us = (connection.head_at_ns - asked_ns) // 1000
+            yield HttpAnswer(connection, Head(status=connection.status, content_type=connection.content_type, engine_us=engine_us))
+        finally:
+            if connection.keeps and len(self._idle) < IDLE_CONNECTIONS_MAX:
+                connection.idle_since = asyncio.get_running_loop().time()
+                self._idle.append(connection)
+            else:
+                connection.close()
+
+    async def _send(self, request: bytes) -> _Connection:
+        """A connection on which the answer's head has come. One that the engine closed meanwhile is replaced by a fresh one."""
+        connection = self._reuse()
+        if connection is not None and await self._head(connection, request):
+            return connection
+        connection = await self._connect()
+        if await self._head(connection, request):
+            return connection
+        raise EngineFailed("the engine closed the connection without an answer")
+
+    async def _head(self, connection: _Connection, request: bytes) -> bool:
+        assert connection.transport is not None
+        connection.begin()
+        connection.uses += 1
+        connection.transport.write(request)
+        try:
+            while not connection.head_at_ns:
+                if not connection.is_open:
+                    return False
+                await connection.wait()
+        except asyncio.CancelledError:
+            connection.close()
+            raise
+        return True
+
+    def _reuse(self) -> _Connection | None:
+        now = asyncio.get_running_loop().time()
+        while self._idle:
+            connection = self._idle.pop()
+            if connection.is_open and now - connection.idle_since < IDLE_S_MAX:
+                return connection
+            connection.close()
+        return None
+
+    async def _connect(self) -> _Connection:
+        loop = asyncio.get_running_loop()
+        try:
+            async with asyncio.timeout(CONNECT_S):
+                if self._address.startswith("/"):
+                    _, connection = await loop.create_unix_connection(_Connection, self._address)
+                else:
+                    host, _, port = self._address.rpartition(":")
+                    _, connection = await loop.create_connection(_Connection, host, int(port))
+        except (OSError, TimeoutError) as error:
+            raise EngineFailed(f"the engine can't be reached: {type(error).__name__}") from None
+        return connection
+
+    def close(self) -> None:
+        """Close what is idle."""
+        while self._idle:
+            self._idle.pop().close()

@@ -1,0 +1,46 @@
+"""Runs a command that must not outlive the process that started it, whatever kills that process.
+
+Started by path, without the package: `python -I -S tether.py PARENT_PID SIGNAL -- COMMAND …`
+"""
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import time
+
+PR_SET_PDEATHSIG = 1
+POLL_S = 0.5
+
+
+def bind_to_parent(parent: int, number: int) -> None:
+    """Have the kernel signal this process, and what it becomes, when the parent dies (Linux)."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number, 0, 0, 0)
+    if os.getppid() != parent:  # it died before we asked
+        sys.exit(1)
+
+
+def watch_parent(parent: int, number: int, command: list[str]) -> int:
+    """The same where the kernel has no such service: look twice a second."""
+    child = subprocess.Popen(command)
+    for forwarded in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(forwarded, lambda received, _: child.send_signal(received))
+    while child.poll() is None:
+        if os.getppid() != parent:
+            child.send_signal(number)
+            child.wait()
+        time.sleep(POLL_S)
+    return child.returncode
+
+
+def main() -> None:
+    parent, number, _, *command = sys.argv[1:]
+    if sys.platform == "linux":
+        bind_to_parent(int(parent), int(number))
+        os.execvp(command[0], command)
+    sys.exit(watch_parent(int(parent), int(number), command))
+
+
+if __name__ == "__main__":
+    main()

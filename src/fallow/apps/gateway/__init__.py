@@ -1,0 +1,1 @@
+"""The gateway: callers' HTTP on one side, the broker on the other."""

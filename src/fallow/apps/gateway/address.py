@@ -1,0 +1,3 @@
+"""Where a running gateway writes its address, for the commands on the same machine."""
+
+ADDRESS_FILE = "gateway.json"

@@ -1,0 +1,74 @@
+"""Fallow's error codes as HTTP: the one table."""
+
+from typing import NamedTuple
+
+from fallow.model.errors import Failure
+from fallow.model.quote import Refuse
+
+
+class Status(NamedTuple):
+    """An HTTP status and OpenAI's type of error."""
+
+    http: int
+    kind: str
+
+
+INTERNAL = Status(500, "server_error")
+TABLE: dict[str, Status] = {
+    "invalid_request": Status(400, "invalid_request_error"),
+    "context_length_exceeded": Status(400, "invalid_request_error"),
+    "invalid_api_key": Status(401, "authentication_error"),
+    "model_not_found": Status(404, "invalid_request_error"),
+    "unknown_path": Status(404, "invalid_request_error"),
+    "method_not_allowed": Status(405, "invalid_request_error"),
+    "body_timeout": Status(408, "invalid_request_error"),
+    "body_too_large": Status(413, "invalid_request_error"),
+    "over_limits": Status(400, "invalid_request_error"),
+    "too_many_calls": Status(503, "server_error"),
+    "no_capacity": Status(503, "server_error"),
+    "no_node": Status(503, "server_error"),
+    "busy": Status(503, "server_error"),
+    "leaving": Status(503, "server_error"),
+    "model_loading": Status(503, "server_error"),
+    "model_not_here": Status(503, "server_error"),
+    "node_unreachable": Status(503, "server_error"),
+    "broker_lost": Status(503, "server_error"),
+    "gateway_stopping": Status(503, "server_error"),
+    "wire_error": Status(502, "server_error"),
+    "engine_failed": Status(502, "server_error"),
+    "engine_stalled": Status(502, "server_error"),
+    "answer_gap": Status(502, "server_error"),
+    "stream_interrupted": Status(502, "server_error"),
+    "node_silent": Status(504, "server_error"),
+    "node_too_slow": Status(504, "server_error"),
+    "internal_error": INTERNAL,
+}
+RETRY_AFTER_MS = 2_000
+"""For a 503 that doesn't know better."""
+_PASSING = frozenset({"no_nodes", "engine_failed", "already_tried", "offer_expired"})
+
+
+def status_of(failure: Failure) -> Status:
+    return TABLE.get(failure.code, INTERNAL)
+
+
+def retry_after_s(failure: Failure) -> int | None:
+    """Whole seconds for `Retry-After`, where trying again can help."""
+    if status_of(failure).http != 503:
+        return None
+    return max(1, -(-(failure.retry_after_ms or RETRY_AFTER_MS) // 1000))
+
+
+def refused(refusal: Refuse, model: str) -> Failure:
+    """What matching refused, as the caller hears it."""
+    if refusal.limit == "model_not_offered":
+        there = ", ".join(refusal.models[:20]) or "none"
+        text = f"the model {model!r} is not offered here; offered now: {there}"
+        return Failure(code="model_not_found", message=text, param="model")
+    counts = ", ".join(f"{count} by {limit}" for limit, count in refusal.counts)
+    text = f"no node can take this call: {refusal.lifted_by}" + (f" (offers stopped: {counts})" if counts else "")
+    if refusal.limit == "busy":
+        return Failure(code="no_capacity", message=text, retry_after_ms=refusal.retry_after_ms)
+    if refusal.limit in _PASSING:
+        return Failure(code="no_node", message=text, retry_after_ms=refusal.retry_after_ms)
+    return Failure(code="over_limits", message=text)

@@ -1,0 +1,73 @@
+"""Whose API key is this? Asked of the hub once, then remembered."""
+
+import hashlib
+from collections import OrderedDict
+from typing import NamedTuple
+
+from fallow.model import messages as m
+from fallow.model.call import Grant
+from fallow.model.errors import BrokerLost, InvalidApiKey, WireError
+from fallow.ports import Bus, Clock
+from fallow.wire import codec, subjects
+
+FRESH_MS = 60_000
+UNKNOWN_FRESH_MS = 2_000
+REMEMBERED_MAX = 10_000
+LOOKUPS_MAX = 64
+LOOKUP_S = 2.0
+KEY_BYTES_MAX = 256
+
+
+class _Known(NamedTuple):
+    grant: Grant | None
+    asked_at_ms: int
+
+
+class Keys:
+    """The keys that this gateway has seen. Known ones go on working while the hub is away."""
+
+    def __init__(self, bus: Bus, clock: Clock) -> None:
+        self._bus = bus
+        self._clock = clock
+        self._known: OrderedDict[bytes, _Known] = OrderedDict()
+        self._lookups = 0
+
+    def recall(self, authorization: bytes) -> Grant | None:
+        """The grant behind an Authorization header, if we know it without asking."""
+        known = self._known.get(hashlib.sha256(authorization).digest())
+        if known is None or self._clock.now_ms() - known.asked_at_ms > FRESH_MS:
+            return None
+        return known.grant
+
+    async def check(self, authorization: bytes) -> Grant:
+        """The grant behind an Authorization header; raises InvalidApiKey, or BrokerLost if nobody can tell."""
+        scheme, _, key = authorization.partition(b" ")
+        key = key.strip()
+        if scheme.lower() != b"bearer" or not key or len(key) > KEY_BYTES_MAX:
+            raise InvalidApiKey("give your API key as `Authorization: Bearer KEY`; `fallow status` shows the key of this machine")
+        digest = hashlib.sha256(authorization).digest()
+        known = self._known.get(digest)
+        now = self._clock.now_ms()
+        if known is None or now - known.asked_at_ms > (FRESH_MS if known.grant else UNKNOWN_FRESH_MS):
+            known = await self._ask(digest, hashlib.sha256(key).digest(), known)
+        if known.grant is None:
+            raise InvalidApiKey("nobody knows this API key")
+        return known.grant
+
+    async def _ask(self, digest: bytes, key_digest: bytes, stale: _Known | None) -> _Known:
+        if self._lookups >= LOOKUPS_MAX:
+            raise BrokerLost("too many unknown API keys are being looked up; try again shortly", retry_after_ms=1_000)
+        self._lookups += 1
+        try:
+            answer = await self._bus.request(subjects.KEY.pattern, codec.encode(m.KeyQuery(key_digest=key_digest)), within_s=LOOKUP_S)
+            known = _Known(codec.key_answer.read(answer).grant, self._clock.now_ms())
+        except (BrokerLost, WireError):
+            if stale is not None and stale.grant is not None:
+                return stale
+            raise BrokerLost("the hub, which knows the API keys, can't be reached", retry_after_ms=2_000) from None
+        finally:
+            self._lookups -= 1
+        self._known[digest] = known
+        while len(self._known) > REMEMBERED_MAX:
+            self._known.popitem(last=False)
+        return known

@@ -1,0 +1,1 @@
+"""The node: one lender's machine on the network."""

@@ -1,0 +1,141 @@
+"""A model in a server that the lender already runs: everything passes as it came."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+
+import msgspec
+
+from fallow.adapters.http_engine import HttpAnswer, HttpEngine
+from fallow.apps.node.served import EVENTS, Answer, Piece, load_of
+from fallow.model.errors import EngineFailed, Failure, StartFailed
+from fallow.model.ids import NodeId
+from fallow.model.messages import Head
+from fallow.model.offer import Load, Offer, Price, Speed
+from fallow.model.receipt import Usage
+from fallow.wire import sse
+from fallow.wire.llama_answer import added
+from fallow.wire.openai import CHAT, COMPLETIONS
+
+MODELS_S = 5.0
+MODELS_BYTES_MAX = 1024 * 1024
+TAIL_BYTES = 16 * 1024
+CONTEXT_TOKENS_UNKNOWN = 8_192
+HEALTH_POLL_S = 2.0
+
+
+class _Entry(msgspec.Struct, frozen=True):
+    id: str
+
+
+class _Models(msgspec.Struct, frozen=True):
+    data: list[_Entry]
+
+
+class _Usage(msgspec.Struct, frozen=True):
+    usage: dict[str, object] | None = None
+
+
+_usage = msgspec.json.Decoder(_Usage)
+
+
+async def find_models(engine: HttpEngine) -> list[str]:
+    """The models that the server lists; raises StartFailed."""
+    try:
+        status, body = await engine.get("/v1/models", MODELS_S, MODELS_BYTES_MAX)
+        models = [entry.id for entry in msgspec.json.decode(body, type=_Models).data]
+    except (EngineFailed, msgspec.DecodeError) as error:
+        raise StartFailed(f"the engine does not list its models at /v1/models: {error}") from None
+    if status != 200 or not models:
+        raise StartFailed(f"the engine lists no models at /v1/models (status {status})")
+    return models
+
+
+class PassedAnswer:
+    """An answer that goes on as the bytes that came; only its end is looked at, for the usage."""
+
+    def __init__(self, answer: HttpAnswer) -> None:
+        self._answer = answer
+        self.usage: Usage | None = None
+
+    def head(self) -> Head:
+        return self._answer.head
+
+    async def pieces(self) -> AsyncIterator[Piece]:
+        tail = b""
+        async for chunk in self._answer.body():
+            tail = (tail + chunk)[-TAIL_BYTES:] if tail else chunk
+            if self._answer.is_complete:
+                self.usage = find_usage(tail, events=self._answer.head.content_type.startswith(EVENTS))
+                yield Piece(chunk, is_last=True)
+                return
+            yield Piece(chunk)
+        self.usage = find_usage(tail, events=self._answer.head.content_type.startswith(EVENTS))
+        yield Piece(b"", is_last=True)
+
+
+def find_usage(tail: bytes, *, events: bool) -> Usage | None:
+    """The usage at an answer's end, if the server tells it."""
+    if b'"usage"' not in tail:
+        return None
+    if events:
+        event = next((e for e in reversed(sse.EventCutter().feed(tail)) if b'"usage"' in e), b"")
+        tail = sse.payload(event)
+    try:
+        found = _usage.decode(tail).usage
+        return added(None, found) if found else None
+    except (msgspec.DecodeError, EngineFailed):
+        return None
+
+
+class AttachedServed:
+    """One model of an attached server."""
+
+    def __init__(self, *, model: str, engine: HttpEngine, slots: int) -> None:
+        self.model = model
+        self.slots = slots
+        self.waiting_max = 2 * slots
+        self.gate = asyncio.Semaphore(slots)
+        self._engine = engine
+        self._healthy = True
+
+    def offer(self, node_id: NodeId, expires_at_ms: int) -> Offer:
+        return Offer(
+            node_id=node_id,
+            model=self.model,
+            paths=frozenset({CHAT, COMPLETIONS}),
+            context_tokens=CONTEXT_TOKENS_UNKNOWN,
+            model_digest="",
+            speed=Speed(),
+            price=Price(),
+            slots=self.slots,
+            expires_at_ms=expires_at_ms,
+        )
+
+    def load(self, *, running: int) -> Load:
+        load = load_of(self.model, self.slots, self.waiting_max, running)
+        return load if self._healthy else msgspec.structs.replace(load, readiness="failed")
+
+    async def run(self) -> None:
+        """Watch the server until cancelled."""
+        try:
+            while True:
+                await asyncio.sleep(HEALTH_POLL_S)
+                try:
+                    status, _ = await self._engine.get("/v1/models", MODELS_S, MODELS_BYTES_MAX)
+                    self._healthy = status == 200
+                except EngineFailed:
+                    self._healthy = False
+        finally:
+            self._engine.close()
+
+    async def ready(self) -> Failure | None:
+        return None
+
+    @contextlib.asynccontextmanager
+    async def ask(self, path: str, body: bytes) -> AsyncIterator[Answer]:
+        """Raises EngineFailed when the server fails; its refusals pass as they came."""
+        async with self._engine.post(path, body) as answer:
+            if answer.head.status >= 500:
+                raise EngineFailed(f"the attached server answered with status {answer.head.status}")
+            yield PassedAnswer(answer)

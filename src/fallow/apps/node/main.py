@@ -1,0 +1,132 @@
+"""The node's process: what it serves, and where."""
+
+import asyncio
+import shutil
+import tempfile
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from fallow.adapters import machine
+from fallow.adapters.catalogue import find
+from fallow.adapters.clock import SystemClock
+from fallow.adapters.fetch import Progress, fetch
+from fallow.adapters.files import make_folder, only_one, read_or_make
+from fallow.adapters.http_engine import HttpEngine
+from fallow.adapters.llama_process import SOCKET_PATH_MAX, LlamaProcess
+from fallow.adapters.nats_bus import NatsBus
+from fallow.apps.node.attached import AttachedServed, find_models
+from fallow.apps.node.node import Node
+from fallow.apps.node.served import LlamaServed, Served
+from fallow.apps.node.supervisor import Supervisor
+from fallow.apps.run import tell_ready
+from fallow.apps.settings import Settings
+from fallow.core.sizing import size_engine
+from fallow.model.card import Card
+from fallow.model.errors import BadSetting, StartFailed
+from fallow.model.ids import NodeId, OrgId
+from fallow.ports import Clock
+
+ATTACHED_SLOTS = 64
+KV_BYTES_PER_TOKEN = 23 * 1024
+"""SmolLM2-135M's, measured; the catalogue will tell it per model."""
+CARD_LIFE_MS = 24 * 3_600_000
+SOCKET_NAME = "llama"
+
+
+async def run_node(
+    settings: Settings, hub: str, secret: str, engine: str, until: asyncio.Event, ready: int | None, progress: Progress
+) -> None:
+    """Lend this machine until told to stop; raises StartFailed, FetchFailed, MissingExtra."""
+    with only_one(settings.data, "node"):
+        node_id = NodeId(read_or_make(settings.data / "node_id", prefix="node-", length=4))
+        clock = SystemClock()
+        run_folder = _socket_folder(settings.data)
+        try:
+            served = await _attached(engine, settings) if engine else [await _llama(settings, run_folder, clock, progress)]
+            bus = NatsBus(hub, secret, node_id)
+            await bus.connect()
+            try:
+                node = Node(_card(node_id, settings, clock), served, bus, clock)
+                async with asyncio.TaskGroup() as group:
+                    group.create_task(node.run(until), name="node")
+                    group.create_task(_tell_when_ready(served, ready, node_id, until), name="ready")
+            finally:
+                await bus.close()
+        finally:
+            shutil.rmtree(run_folder, ignore_errors=True)
+
+
+async def _tell_when_ready(served: list[Served], ready: int | None, node_id: NodeId, until: asyncio.Event) -> None:
+    """Load what is served before anybody calls, then say that we are ready."""
+    await asyncio.sleep(0)  # the node's task starts the supervisors first
+    while not until.is_set():
+        if all([await one.ready() is None for one in served]):
+            tell_ready(ready, node_id)
+            return
+
+
+def _card(node_id: NodeId, settings: Settings, clock: Clock) -> Card:
+    now = clock.wall_ms()
+    return Card(
+        node_id=node_id,
+        org_id=OrgId(settings.organisation.id),
+        sequence=now,
+        expires_at_ms=now + CARD_LIFE_MS,
+        hardware=machine.read_hardware(),
+        isolation="none",
+        region=settings.node.region,
+        serves=frozenset({"own", "partner"}),
+    )
+
+
+async def _llama(settings: Settings, folder: Path, clock: Clock, progress: Progress) -> Served:
+    weights = find(settings.node.model)
+    path = await asyncio.to_thread(fetch, weights, settings.models_folder, progress=progress)
+    size = size_engine(
+        cores_physical=machine.physical_cores(),
+        memory_free_bytes=machine.free_memory_bytes(),
+        weights_bytes=weights.size_bytes,
+        context_tokens=weights.context_tokens,
+        kv_bytes_per_token=KV_BYTES_PER_TOKEN,
+    )
+    if size is None:
+        need_mb = 2 * weights.size_bytes // 2**20 + 500
+        raise StartFailed(f"{weights.name} needs about {need_mb} MB of free memory; free some, or choose a smaller model")
+    size = type(size)(
+        threads=settings.node.threads or size.threads, slots=settings.node.slots or size.slots, context_tokens=size.context_tokens
+    )
+    launch = LlamaProcess(weights=path, weights_sha256=weights.sha256, model=weights.name, size=size, folder=folder, name=SOCKET_NAME)
+    client = HttpEngine(str(launch.socket))
+    supervisor = Supervisor(launch, client, clock, weights_bytes=weights.size_bytes, stall_ms=int(settings.node.stall_s * 1000))
+    return LlamaServed(
+        model=weights.name,
+        digest=weights.sha256,
+        context_tokens=size.context_tokens,
+        slots=size.slots,
+        supervisor=supervisor,
+        engine=client,
+    )
+
+
+async def _attached(address: str, settings: Settings) -> list[Served]:
+    client = HttpEngine(_endpoint(address))
+    slots = settings.node.slots or ATTACHED_SLOTS
+    return [AttachedServed(model=name, engine=client, slots=slots) for name in await find_models(client)]
+
+
+def _endpoint(address: str) -> str:
+    """`http://host:port[/v1]` or `unix:/path` as the engine's client takes it; raises BadSetting."""
+    if address.startswith("unix:/"):
+        return address.removeprefix("unix:")
+    parts = urlsplit(address)
+    if parts.scheme != "http" or not parts.hostname or parts.path.rstrip("/") not in ("", "/v1"):
+        raise BadSetting(f"--engine: {address!r} should look like http://localhost:11434/v1 or unix:/path/of.sock")
+    return f"{parts.hostname}:{parts.port or 80}"
+
+
+def _socket_folder(data: Path) -> Path:
+    """A folder whose path leaves room for a socket's name."""
+    wanted = data / "engines"
+    if len(str(wanted / f"{SOCKET_NAME}.sock")) <= SOCKET_PATH_MAX:
+        return make_folder(wanted)
+    return Path(tempfile.mkdtemp(prefix="fallow-"))

@@ -1,0 +1,129 @@
+"""Keeps one engine alive: carries out what core/watch decides."""
+
+import asyncio
+import contextlib
+import logging
+from asyncio.subprocess import Process
+
+from fallow.adapters import children
+from fallow.adapters.http_engine import HttpEngine
+from fallow.adapters.llama_process import LlamaProcess
+from fallow.core import watch
+from fallow.model.errors import BadChecksum
+from fallow.model.offer import Readiness
+from fallow.ports import Clock
+
+TICK_S = 0.1
+HEALTH_S = 2.0
+HEALTH_POLL_S = 0.05
+
+log = logging.getLogger("fallow.node")
+
+
+class Supervisor:
+    """One engine's process. `moved()` is to be called whenever a call in it made progress."""
+
+    def __init__(self, launch: LlamaProcess, engine: HttpEngine, clock: Clock, *, weights_bytes: int, stall_ms: int) -> None:
+        self._launch = launch
+        self._engine = engine
+        self._clock = clock
+        self._watch = watch.Watch(weights_bytes=weights_bytes, stall_ms=stall_ms)
+        self._process: Process | None = None
+        self._group: asyncio.TaskGroup | None = None
+        self._ready = asyncio.Event()
+        self.running = 0
+        self._moved_at_ms = 0
+        self.restarts = 0
+
+    async def run(self) -> None:
+        """Until cancelled; then the engine is killed."""
+        try:
+            async with asyncio.TaskGroup() as group:
+                self._group = group
+                while True:
+                    self._step(watch.Tick(running=self.running, progress_at_ms=self._moved_at_ms))
+                    await asyncio.sleep(TICK_S)
+        finally:
+            self._group = None
+            if self._process is not None:
+                await asyncio.shield(children.kill(self._process))
+            self._engine.close()
+            self._launch.clean_up()
+
+    def want(self) -> None:
+        """Start the engine if it isn't there."""
+        self._step(watch.Wanted())
+
+    def moved(self) -> None:
+        """A call in the engine made progress."""
+        self._moved_at_ms = self._clock.now_ms()
+
+    async def ready(self, within_s: float) -> bool:
+        """Wait for the engine."""
+        self.want()
+        if self._ready.is_set():
+            return True
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(within_s):
+                await self._ready.wait()
+        return self._ready.is_set()
+
+    @property
+    def engine_pid(self) -> int | None:
+        return self._process.pid if self._process is not None and self._process.returncode is None else None
+
+    def readiness(self) -> Readiness:
+        if self._watch.phase in ("backing_off", "stopping"):
+            return "failed" if self._watch.faults >= watch.GIVE_UP_FAULTS else "loading"
+        return "ready" if self._watch.phase == "ready" else "loading" if self._watch.phase == "loading" else "cold"
+
+    def ready_in_ms(self) -> int:
+        return watch.ready_in_ms(self._watch, now_ms=self._clock.now_ms())
+
+    def progress(self) -> float | None:
+        return watch.progress(self._watch, now_ms=self._clock.now_ms())
+
+    def _step(self, event: watch.Event) -> None:
+        before = self._watch.phase
+        self._watch, effects = watch.step(self._watch, event, now_ms=self._clock.now_ms())
+        if self._watch.phase != before:
+            log.info("engine is %s", self._watch.phase)
+        if self._watch.phase == "ready":
+            self._ready.set()
+        else:
+            self._ready.clear()
+        for effect in effects:
+            assert self._group is not None, "the supervisor runs before anybody wants the engine"
+            match effect:
+                case watch.Launch():
+                    self._group.create_task(self._start(), name="engine start")
+                case watch.Kill(why=why):
+                    log.warning("engine killed: %s", why)
+                    self._group.create_task(self._kill(), name="engine kill")
+
+    async def _start(self) -> None:
+        try:
+            self._process = process = await self._launch.start()
+        except (OSError, BadChecksum) as error:
+            log.error("engine could not be started: %s", error)
+            self._step(watch.Exited())
+            return
+        assert self._group is not None
+        self._group.create_task(self._until_loaded(process), name="engine load")
+        code = await process.wait()
+        self.restarts += 1
+        log.warning("engine ended with code %d", code)
+        self._engine.close()
+        self._step(watch.Exited())
+
+    async def _until_loaded(self, process: Process) -> None:
+        while process.returncode is None:
+            if self._launch.socket.exists() and await self._engine.is_healthy(HEALTH_S):
+                self.moved()
+                self._step(watch.Loaded())
+                return
+            await asyncio.sleep(HEALTH_POLL_S)
+
+    async def _kill(self) -> None:
+        if self._process is not None:
+            await children.kill(self._process)

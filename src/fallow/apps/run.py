@@ -1,0 +1,94 @@
+"""How every process starts and ends: signals, log, the word that it is ready, and errors as one line."""
+
+import asyncio
+import logging
+import os
+import signal
+import sys
+from collections.abc import Awaitable, Callable
+
+import msgspec
+
+from fallow.model.errors import FallowError
+
+try:
+    import uvloop
+except ImportError:  # where there is none, asyncio's own loop does
+    uvloop = None  # type: ignore[assignment]
+
+Main = Callable[[asyncio.Event], Awaitable[None]]
+STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+INTERRUPTED = 130
+
+
+class Ready(msgspec.Struct, frozen=True, kw_only=True):
+    """What a part tells the process that started it."""
+
+    address: str
+    pid: int
+
+
+def run(main: Main, *, verbose: bool = False) -> int:
+    """Run an app until it ends or a signal says stop; returns the exit code. Errors are one line on stderr."""
+    logging.basicConfig(
+        level=logging.INFO if verbose else logging.WARNING, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    interrupted: list[int] = []
+
+    async def guarded() -> None:
+        until = asyncio.Event()
+        loop = asyncio.get_running_loop()
+
+        def stop(number: int) -> None:
+            interrupted.append(number)
+            until.set()
+
+        for number in STOPPING:
+            loop.add_signal_handler(number, stop, number)
+        await main(until)
+
+    try:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop if uvloop else None) as runner:
+            runner.run(guarded())
+    except FallowError as error:
+        complain(error)
+        return 1
+    except Exception as error:
+        known = error.split(FallowError)[0] if isinstance(error, ExceptionGroup) else None
+        if known is None:
+            logging.getLogger("fallow").info("internal error", exc_info=error)
+            complain(FallowError(f"internal error ({innermost(error)}); run it with --verbose to see where"))
+        else:
+            complain(first_of(known))
+        return 1
+    return INTERRUPTED if signal.SIGINT in interrupted else 0
+
+
+def first_of(group: ExceptionGroup[FallowError]) -> FallowError:
+    """The first error of a group."""
+    inner = leaf(group)
+    assert isinstance(inner, FallowError)
+    return inner
+
+
+def leaf(error: BaseException) -> BaseException:
+    """The first error that isn't a group."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
+
+
+def innermost(error: BaseException) -> str:
+    return type(leaf(error)).__name__
+
+
+def complain(error: FallowError) -> None:
+    """An error as one line on stderr."""
+    sys.stderr.write(f"fallow: {' '.join(error.message.split())}\n")
+
+
+def tell_ready(descriptor: int | None, address: str) -> None:
+    """Tell the parent that this part works, and where it is reached."""
+    if descriptor is not None:
+        os.write(descriptor, msgspec.json.encode(Ready(address=address, pid=os.getpid())) + b"\n")
+        os.close(descriptor)

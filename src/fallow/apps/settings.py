@@ -1,0 +1,181 @@
+"""Settings: one commented TOML in the data folder, flags over it, each app's own frozen value out of it."""
+
+import os
+import re
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+import platformdirs
+from msgspec import Meta
+
+from fallow.adapters.files import make_folder, write_private
+from fallow.model.errors import BadSetting
+
+FILE = "settings.toml"
+Port = Annotated[int, Meta(ge=0, le=65535)]
+Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,62}$")]
+
+TEMPLATE = """\
+# Fallow's settings on this machine. Every line that is commented out shows the default.
+# Flags on the command line win over this file.
+
+[organisation]
+# Who owns this machine, its gateway and its keys.
+# id = "home"
+
+[hub]
+# Where the broker listens. Anything but this machine itself is an explicit choice: all traffic is readable to whoever
+# can reach it and knows the secret.
+# listen = "127.0.0.1:8422"
+# A nats-server that runs already; empty: Fallow starts one.
+# broker = ""
+
+[gateway]
+# Where callers' HTTP is answered.
+# host = "127.0.0.1"
+# port = 8400
+
+[node]
+# What this machine lends.
+# model = "smollm2-135m-instruct"
+# region = "unknown"
+# Threads of the engine; 0: one less than there are cores.
+# threads = 0
+# Calls answered at the same time; 0: what fits.
+# slots = 0
+# Seconds without any progress after which the engine is restarted.
+# stall_s = 30
+
+[models]
+# Where model files are kept; empty: the user's cache folder.
+# folder = ""
+"""
+
+
+class Organisation(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    id: Name = "home"
+
+
+class Hub(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    listen: Annotated[str, Meta(pattern=r"^(\[[0-9a-fA-F:]+\]|[A-Za-z0-9_.-]+):[0-9]{1,5}$")] = "127.0.0.1:8422"
+    broker: str = ""
+
+
+class Gateway(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    host: str = "127.0.0.1"
+    port: Port = 8400
+
+
+class Node(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    model: str = "smollm2-135m-instruct"
+    region: Name = "unknown"
+    threads: Annotated[int, Meta(ge=0, le=1024)] = 0
+    slots: Annotated[int, Meta(ge=0, le=256)] = 0
+    stall_s: Annotated[float, Meta(ge=1, le=3600)] = 30.0
+
+
+class Models(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    folder: str = ""
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """All of the file. `data` is the folder in which it lies."""
+
+    data: Path = Path()
+    organisation: Organisation = Organisation()
+    hub: Hub = Hub()
+    gateway: Gateway = Gateway()
+    node: Node = Node()
+    models: Models = Models()
+
+    @property
+    def models_folder(self) -> Path:
+        return Path(self.models.folder).expanduser() if self.models.folder else Path(platformdirs.user_cache_dir("fallow")) / "models"
+
+
+class Caller(msgspec.Struct, frozen=True, kw_only=True):
+    """What the environment tells a command that calls a gateway."""
+
+    base_url: str = ""
+    api_key: str = ""
+
+
+_AT = re.compile(r" - at `\$\.?([^`]*)`$")
+_UNKNOWN = re.compile(r"^Object contains unknown field `([^`]+)`")
+
+
+def default_data() -> Path:
+    """FALLOW_DATA, or the user's data folder."""
+    chosen = os.environ.get("FALLOW_DATA")
+    return Path(chosen) if chosen else Path(platformdirs.user_data_dir("fallow"))
+
+
+def caller() -> Caller:
+    """FALLOW_BASE_URL and FALLOW_API_KEY."""
+    return Caller(base_url=os.environ.get("FALLOW_BASE_URL", ""), api_key=os.environ.get("FALLOW_API_KEY", ""))
+
+
+def inherited() -> dict[str, str]:
+    """The environment for our own child processes."""
+    return dict(os.environ)
+
+
+def secret_from_environment() -> str:
+    """FALLOW_SECRET: the broker's shared secret, for machines without the hub's data folder."""
+    return os.environ.get("FALLOW_SECRET", "")
+
+
+def load(data: Path | None, flags: dict[str, Any] | None = None) -> Settings:
+    """The settings of a data folder, which is made if need be, with `flags` ("node.slots": 4) over them; None means not given.
+
+    Raises BadSetting naming file, line and what was expected.
+    """
+    folder = make_folder((data or default_data()).expanduser())
+    path = folder / FILE
+    if not path.exists():
+        write_private(path, TEMPLATE)
+    try:
+        text = path.read_text()
+        document = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise BadSetting(f"{path}: {error}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadSetting(f"{path} can't be read: {error}") from None
+    _convert(document, lambda name: f"{path}, line {line_of(text, name)}")
+    for name, value in (flags or {}).items():
+        if value is not None:
+            section, _, key = name.partition(".")
+            document.setdefault(section, {})[key] = value
+    settings = _convert(document, lambda name: f"--{name.rpartition('.')[2].replace('_', '-')}")
+    return msgspec.structs.replace(settings, data=folder)
+
+
+def _convert(document: dict[str, Any], where: Any) -> Settings:
+    try:
+        return msgspec.convert({key: value for key, value in document.items() if key != "data"}, Settings)
+    except msgspec.ValidationError as error:
+        said = str(error)
+        at = _AT.search(said)
+        name = at.group(1) if at else ""
+        message = said[: at.start()] if at else said
+        if unknown := _UNKNOWN.match(message):
+            name = f"{name}.{unknown.group(1)}".lstrip(".")
+            message = "there is no such setting"
+        raise BadSetting(f"{where(name)}: {name}: {message}") from None
+
+
+def line_of(text: str, name: str) -> int:
+    """The line on which a setting (`gateway.port`) stands; that of its section if it can't be told; 1 at least."""
+    section, _, key = name.partition(".")
+    current, found = "", 1
+    for number, line in enumerate(text.splitlines(), 1):
+        stripped = line.strip()
+        if stripped.startswith("["):
+            current = stripped.strip("[] ")
+            if current == section:
+                found = number
+        elif re.match(rf"{re.escape(key or section)}\s*=", stripped) and current == (section if key else ""):
+            return number
+    return found

@@ -1,0 +1,164 @@
+"""The `fallow` command."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fallow import __version__
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Pools idle CPUs, and whatever GPUs are there, into one open network for AI work.",
+)
+models = typer.Typer(no_args_is_help=True, help="Models of the catalogue.")
+app.add_typer(models, name="models")
+
+Data = Annotated[Path | None, typer.Option("--data", metavar="DIR", help="Data folder (default: FALLOW_DATA, or the user's).")]
+HubAddress = Annotated[str, typer.Option("--hub", metavar="ADDRESS", help="The hub's broker, nats://host:port.")]
+SecretFile = Annotated[
+    Path | None, typer.Option("--secret-file", metavar="FILE", help="The broker's secret (default: FALLOW_SECRET, or DIR/secret).")
+]
+ReadyFd = Annotated[int | None, typer.Option("--ready-fd", hidden=True)]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Log what happens, never what is said.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+BaseUrl = Annotated[
+    str, typer.Option("--base-url", metavar="URL", help="A gateway's address (default: FALLOW_BASE_URL, or the one running here).")
+]
+Model = Annotated[str | None, typer.Option("--model", metavar="NAME", help="A model of the catalogue.")]
+
+
+@app.command()
+def up(
+    data: Data = None,
+    port: Annotated[int | None, typer.Option("--port", help="The gateway's port; 0: any free one. [default: 8400]")] = None,
+    host: Annotated[str | None, typer.Option("--host", help="The gateway's address. [default: 127.0.0.1]")] = None,
+    model: Model = None,
+    ephemeral: Annotated[bool, typer.Option("--ephemeral", help="A data folder of its own that is removed at the end.")] = False,
+    verbose: Verbose = False,
+) -> None:
+    """Run everything on this machine: broker, hub, gateway and one node."""
+    from fallow.cli import processes
+
+    sys.exit(processes.up(data, port=port, host=host, model=model, ephemeral=ephemeral, verbose=verbose))
+
+
+@app.command()
+def hub(
+    data: Data = None,
+    listen: Annotated[
+        str | None, typer.Option("--listen", metavar="HOST:PORT", help="Where the broker listens. [default: 127.0.0.1:8422]")
+    ] = None,
+    broker: Annotated[str | None, typer.Option("--broker", metavar="ADDRESS", help="A nats-server that runs already.")] = None,
+    secret_file: SecretFile = None,
+    verbose: Verbose = False,
+    ready_fd: ReadyFd = None,
+) -> None:
+    """Run a hub: the meeting point, with its broker."""
+    from fallow.cli import processes
+
+    sys.exit(processes.hub(data, listen=listen, broker=broker, secret_file=secret_file, verbose=verbose, ready_fd=ready_fd))
+
+
+@app.command()
+def gateway(
+    hub: HubAddress = "nats://127.0.0.1:8422",
+    data: Data = None,
+    port: Annotated[int | None, typer.Option("--port", help="0: any free one. [default: 8400]")] = None,
+    host: Annotated[str | None, typer.Option("--host", help="[default: 127.0.0.1]")] = None,
+    secret_file: SecretFile = None,
+    verbose: Verbose = False,
+    ready_fd: ReadyFd = None,
+) -> None:
+    """Run a gateway: answers callers' HTTP."""
+    from fallow.cli import processes
+
+    sys.exit(processes.gateway(data, hub, port=port, host=host, secret_file=secret_file, verbose=verbose, ready_fd=ready_fd))
+
+
+@app.command()
+def lend(
+    hub: HubAddress = "nats://127.0.0.1:8422",
+    data: Data = None,
+    model: Model = None,
+    engine: Annotated[str, typer.Option("--engine", metavar="URL", help="An OpenAI-compatible server that runs already.")] = "",
+    slots: Annotated[int | None, typer.Option("--slots", help="Calls answered at the same time.")] = None,
+    threads: Annotated[int | None, typer.Option("--threads", help="Threads of the engine.")] = None,
+    secret_file: SecretFile = None,
+    verbose: Verbose = False,
+    ready_fd: ReadyFd = None,
+) -> None:
+    """Lend this machine: run a node."""
+    from fallow.cli import processes
+
+    flags = {"node.model": model, "node.slots": slots, "node.threads": threads}
+    sys.exit(processes.lend(data, hub, flags, engine=engine, secret_file=secret_file, verbose=verbose, ready_fd=ready_fd))
+
+
+@app.command()
+def chat(
+    text: Annotated[str, typer.Argument(help="What to say; - or nothing reads standard input.")] = "-",
+    model: Annotated[str, typer.Option("--model", metavar="NAME", help="[default: the first that is offered]")] = "",
+    max_tokens: Annotated[int | None, typer.Option("--max-tokens", help="The longest answer.")] = None,
+    data: Data = None,
+    base_url: BaseUrl = "",
+) -> None:
+    """Say something to a model; the answer is written as it comes."""
+    from fallow.cli import client
+
+    sys.exit(client.chat(data, base_url, text, model=model, max_tokens=max_tokens))
+
+
+@app.command()
+def nodes(data: Data = None, base_url: BaseUrl = "", as_json: AsJson = False) -> None:
+    """List the nodes that the gateway knows."""
+    from fallow.cli import client
+
+    sys.exit(client.nodes(data, base_url, as_json=as_json))
+
+
+@app.command()
+def status(data: Data = None, base_url: BaseUrl = "", as_json: AsJson = False) -> None:
+    """Show what runs here: address, key, nodes."""
+    from fallow.cli import client
+
+    sys.exit(client.status(data, base_url, as_json=as_json))
+
+
+@models.command("list")
+def models_list(data: Data = None, as_json: AsJson = False) -> None:
+    """List the models of the catalogue."""
+    from fallow.cli import pull
+
+    sys.exit(pull.show(data, as_json=as_json))
+
+
+@models.command("pull")
+def models_pull(
+    name: Annotated[str, typer.Argument(help="[default: the model that this machine lends]")] = "",
+    data: Data = None,
+) -> None:
+    """Fetch a model's weights, or check those that are here."""
+    from fallow.cli import pull
+
+    sys.exit(pull.pull(data, name))
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    typer.echo(__version__)
+
+
+def main() -> None:
+    """Run a command. Wrong use is exit code 2, an interruption 130."""
+    try:
+        app()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.exit(1)

@@ -1,0 +1,165 @@
+"""The commands that run processes: settings in, an app's main out."""
+
+import asyncio
+import functools
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from fallow.apps.run import complain, run
+from fallow.apps.settings import Settings, load, secret_from_environment
+from fallow.cli.pull import Bar
+from fallow.model.errors import BadSetting, FallowError
+
+LOOPBACK = ("127.", "localhost:", "[::1]:")
+
+
+def _read(data: Path | None, flags: dict[str, Any]) -> Settings | None:
+    try:
+        return load(data, flags)
+    except FallowError as error:
+        complain(error)
+        return None
+
+
+def _exit_code(settings: Settings | None) -> int:
+    return 1 if settings is None else 0
+
+
+def _secret(settings: Settings, secret_file: Path | None) -> str:
+    from fallow.adapters.nats_bus import read_secret
+    from fallow.apps.hub.main import SECRET_FILE
+
+    if secret_file is not None:
+        return read_secret(secret_file)
+    return secret_from_environment() or read_secret(settings.data / SECRET_FILE)
+
+
+def up(data: Path | None, *, port: int | None, host: str | None, model: str | None, ephemeral: bool, verbose: bool) -> int:
+    """`fallow up`."""
+    from fallow.adapters.catalogue import find
+    from fallow.adapters.fetch import fetch
+    from fallow.apps.up import run_up
+
+    if ephemeral and data is not None:
+        complain(BadSetting("--ephemeral makes a data folder of its own; leave out --data"))
+        return 2
+    temporary = Path(tempfile.mkdtemp(prefix="fallow-")) if ephemeral else None
+    try:
+        settings = _read(temporary or data, {"gateway.port": port, "gateway.host": host, "node.model": model})
+        if settings is None:
+            return _exit_code(settings)
+
+        async def main(until: asyncio.Event) -> None:
+            weights = find(settings.node.model)
+            with Bar(f"{weights.name} ({weights.size_bytes // 10**6} MB, {weights.licence})") as bar:
+                fetching = asyncio.get_running_loop().run_in_executor(
+                    None, functools.partial(fetch, weights, settings.models_folder, progress=bar)
+                )
+                await _or_stop(fetching, until)
+            if not until.is_set():
+                await run_up(settings, until, functools.partial(_greet, settings))
+
+        return run(main, verbose=verbose)
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+async def _or_stop(work: "asyncio.Future[Any]", until: asyncio.Event) -> None:
+    """Wait for the work, but not past a request to stop; a thread that fetches can't be stopped, and what it has is kept."""
+    stop = asyncio.ensure_future(until.wait())
+    await asyncio.wait({work, stop}, return_when=asyncio.FIRST_COMPLETED)
+    stop.cancel()
+    if until.is_set() and not work.done():
+        sys.stderr.write("fallow: stopped while fetching; what came is kept\n")
+        sys.stderr.flush()
+        import os
+
+        os._exit(130)
+    await work
+
+
+def _greet(settings: Settings, base_url: str, key: str, node_id: str) -> None:
+    model = settings.node.model
+    print(
+        f"Fallow is up: {model} on {node_id}\n"
+        f"  base URL  {base_url}\n"
+        f"  API key   {key}\n\n"
+        "Try it:\n"
+        f"  curl {base_url}/chat/completions \\\n"
+        f"    -H 'Authorization: Bearer {key}' -H 'Content-Type: application/json' \\\n"
+        f'    -d \'{{"model": "{model}", "messages": [{{"role": "user", "content": "Hello!"}}]}}\'\n'
+        f"  fallow chat{_data_flag(settings)} 'Hello!'\n\n"
+        "Ctrl-C stops everything.",
+        flush=True,
+    )
+
+
+def _data_flag(settings: Settings) -> str:
+    from fallow.apps.settings import default_data
+
+    return "" if settings.data == default_data().resolve() else f" --data {settings.data}"
+
+
+def hub(data: Path | None, *, listen: str | None, broker: str | None, secret_file: Path | None, verbose: bool, ready_fd: int | None) -> int:
+    """`fallow hub`."""
+    from fallow.adapters.nats_bus import read_secret
+    from fallow.apps.hub.main import run_hub
+
+    settings = _read(data, {"hub.listen": listen, "hub.broker": broker})
+    if settings is None:
+        return _exit_code(settings)
+    if not settings.hub.broker and not settings.hub.listen.startswith(LOOPBACK):
+        sys.stderr.write(
+            f"fallow: warning: the broker listens on {settings.hub.listen}, not only on this machine; until nodes have identities, "
+            "whoever reaches it with the secret can read and answer every call\n"
+        )
+
+    async def main(until: asyncio.Event) -> None:
+        secret = read_secret(secret_file) if secret_file is not None else secret_from_environment()
+        await run_hub(settings, secret, until, ready_fd)
+
+    return run(main, verbose=verbose)
+
+
+def gateway(
+    data: Path | None, hub: str, *, port: int | None, host: str | None, secret_file: Path | None, verbose: bool, ready_fd: int | None
+) -> int:
+    """`fallow gateway`."""
+    from fallow.apps.gateway.main import run_gateway
+
+    settings = _read(data, {"gateway.port": port, "gateway.host": host})
+    if settings is None:
+        return _exit_code(settings)
+
+    async def main(until: asyncio.Event) -> None:
+        await run_gateway(settings, hub, _secret(settings, secret_file), until, ready_fd)
+
+    return run(main, verbose=verbose)
+
+
+def lend(
+    data: Path | None,
+    hub: str,
+    flags: dict[str, Any],
+    *,
+    engine: str,
+    secret_file: Path | None,
+    verbose: bool,
+    ready_fd: int | None,
+) -> int:
+    """`fallow lend`."""
+    from fallow.apps.node.main import run_node
+
+    settings = _read(data, flags)
+    if settings is None:
+        return _exit_code(settings)
+
+    async def main(until: asyncio.Event) -> None:
+        with Bar(settings.node.model) as bar:
+            await run_node(settings, hub, _secret(settings, secret_file), engine, until, ready_fd, bar)
+
+    return run(main, verbose=verbose)

@@ -1,0 +1,1 @@
+"""Decisions: plain functions, values in, a value out; no clock, chance, I/O or async."""

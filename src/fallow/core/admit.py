@@ -1,0 +1,41 @@
+"""Whether a node takes a call that a gateway sent it."""
+
+from collections.abc import Collection
+
+import msgspec
+
+from fallow.model.errors import Failure
+from fallow.model.messages import Request
+
+BODY_BYTES_MAX = 32 * 1024 * 1024
+"""One request's body, the same at the gateway and at the node."""
+BODIES_BYTES_MAX = 128 * 1024 * 1024
+"""All request bodies that a node holds at once."""
+BUSY_RETRY_AFTER_MS = 2_000
+
+
+class Desk(msgspec.Struct, frozen=True, kw_only=True):
+    """What a node has on its hands."""
+
+    leaving: bool
+    running: int
+    slots: int
+    waiting_max: int
+    bodies_bytes: int
+
+
+def admit(request: Request, desk: Desk, models: Collection[str]) -> Failure | None:
+    """None if the node takes the call, else why it doesn't."""
+    if desk.leaving:
+        return Failure(code="leaving", message="the node is leaving the network")
+    if request.model not in models:
+        return Failure(code="model_not_here", message=f"the node doesn't offer {request.model!r}")
+    if request.body_bytes > BODY_BYTES_MAX:
+        return Failure(code="body_too_large", message=f"a body of {request.body_bytes} bytes is over the limit of {BODY_BYTES_MAX}")
+    if not 0 <= len(request.body) <= request.body_bytes:
+        return Failure(code="invalid_request", message="the first part of the body is longer than the body")
+    if desk.running >= desk.slots + desk.waiting_max:
+        return Failure(code="busy", message="all slots and queue places of the node are taken", retry_after_ms=BUSY_RETRY_AFTER_MS)
+    if desk.bodies_bytes + request.body_bytes > BODIES_BYTES_MAX:
+        return Failure(code="busy", message="the node holds too many request bodies", retry_after_ms=BUSY_RETRY_AFTER_MS)
+    return None

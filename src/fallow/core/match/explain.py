@@ -1,0 +1,42 @@
+"""Why no offer can take a call, and what would lift the limit."""
+
+from collections import Counter
+from collections.abc import Sequence
+
+from fallow.core.match.candidate import Candidate
+from fallow.core.match.filter import LIMITS
+from fallow.model.call import Call
+from fallow.model.quote import Refuse
+
+RETRY_AFTER_MS = 2_000
+"""When a refusal may have lifted itself: the roster's heartbeat."""
+
+LIFTED_BY = {
+    "no_nodes": "no machine is lending here now; start one with `fallow lend`",
+    "model_not_offered": "name one of the models that are offered",
+    "path_not_offered": "the model is offered, but not for this endpoint",
+    "offer_expired": "the node must renew its offer",
+    "ring": "the key must allow another ring, or a node of the call's own organisation must offer the model",
+    "region": "allow another region",
+    "hardware": "allow the other kind of hardware",
+    "isolation": "allow a lower isolation",
+    "over_price": "raise the price ceiling",
+    "already_tried": "every node that offers the model was tried",
+    "engine_failed": "the engine is being restarted; try again shortly",
+    "busy": "all slots and queue places are taken; try again shortly",
+}
+
+
+def explain(call: Call, candidates: Sequence[Candidate], stopped: Counter[str]) -> Refuse:
+    """The limit that the most promising offer met (the last in the order of limits), with all counts."""
+    models = tuple(sorted({c.offer.model for c in candidates}))
+    counts = tuple((name, stopped[name]) for name, _ in LIMITS if stopped[name])
+    limit = counts[-1][0] if counts else "no_nodes"
+    soonest = min((c.load.ready_in_ms for c in candidates if c.load.ready_in_ms and c.offer.model == call.needs.model), default=None)
+    return Refuse(
+        limit=limit,
+        lifted_by=LIFTED_BY[limit],
+        counts=counts,
+        models=models,
+        retry_after_ms=None if limit == "model_not_offered" else soonest or RETRY_AFTER_MS,
+    )

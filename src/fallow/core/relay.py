@@ -1,0 +1,141 @@
+"""The gateway's side of one attempt: from asking the node to the answer's last byte, with every timer."""
+
+from typing import Literal
+
+import msgspec
+from msgspec.structs import replace
+
+from fallow.model.errors import Failure
+from fallow.model.messages import Accepted, Alive, Final, Head, Part
+from fallow.model.receipt import Usage
+
+ACCEPT_MS = 1_000
+SILENCE_MS = 3_000
+FIRST_MS_MIN = 30_000
+FIRST_FACTOR = 3
+
+Phase = Literal["asked", "accepted", "answering", "done"]
+
+
+class Relay(msgspec.Struct, frozen=True, kw_only=True):
+    """One attempt. `started` is set once a byte of the answer went to the caller; from then on no other node can take over.
+
+    `keeps` is set when the answer is held back until it is whole.
+    """
+
+    phase: Phase = "asked"
+    heard_at_ms: int
+    first_by_ms: int
+    next_index: int = 0
+    keeps: bool = False
+
+    @property
+    def started(self) -> bool:
+        return self.next_index > 0 and not self.keeps
+
+
+class Unheard(msgspec.Struct, frozen=True):
+    """Nobody listens at the node's subject."""
+
+
+class Tick(msgspec.Struct, frozen=True):
+    """Time went by."""
+
+
+class CallerLeft(msgspec.Struct, frozen=True):
+    """The caller closed the connection."""
+
+
+class BusLost(msgspec.Struct, frozen=True, kw_only=True):
+    """Nothing more can come: the connection to the broker broke, or the gateway is being stopped."""
+
+    code: str = "broker_lost"
+    message: str = "the connection to the broker broke"
+
+
+class Deliver(msgspec.Struct, frozen=True):
+    """Give these bytes to the caller; the first time with the answer's head."""
+
+    data: bytes
+    head: Head | None
+
+
+class Finish(msgspec.Struct, frozen=True):
+    """The answer is whole."""
+
+    usage: Usage | None
+
+
+class Fail(msgspec.Struct, frozen=True):
+    """This attempt came to nothing."""
+
+    failure: Failure
+
+
+class Stop(msgspec.Struct, frozen=True):
+    """Tell the node that nobody waits for it."""
+
+
+Event = Accepted | Alive | Part | Final | Unheard | Tick | CallerLeft | BusLost
+Effect = Deliver | Finish | Fail | Stop
+
+
+def ask(*, now_ms: int, first_token_in_ms: int, keeps: bool) -> Relay:
+    """An attempt that was just sent; `first_token_in_ms` is the quote's prediction."""
+    return Relay(heard_at_ms=now_ms, first_by_ms=now_ms + max(FIRST_MS_MIN, FIRST_FACTOR * first_token_in_ms), keeps=keeps)
+
+
+def step(relay: Relay, event: Event, *, now_ms: int) -> tuple[Relay, tuple[Effect, ...]]:
+    """What an event does to an attempt."""
+    match relay.phase, event:
+        case "done", Accepted() | Alive() | Part() | Final() | Unheard() | Tick() | CallerLeft() | BusLost():
+            return relay, ()  # late parts of a dead attempt
+        case "asked" | "accepted", Accepted() | Alive():
+            return replace(relay, phase="accepted", heard_at_ms=now_ms), ()
+        case "answering", Accepted() | Alive():
+            return replace(relay, heard_at_ms=now_ms), ()
+        case "asked" | "accepted" | "answering", Part():
+            return _take(relay, event, now_ms)
+        case "asked" | "accepted" | "answering", Final():
+            return _end(relay, event, now_ms)
+        case "asked" | "accepted" | "answering", Unheard():
+            return _fail(relay, "node_unreachable", "the node left the network")
+        case "asked" | "accepted" | "answering", BusLost():
+            return _fail(relay, event.code, event.message)
+        case "asked" | "accepted" | "answering", CallerLeft():
+            return replace(relay, phase="done"), (Stop(),)
+        case "asked", Tick():
+            return _overdue(relay, now_ms, ACCEPT_MS)
+        case "accepted" | "answering", Tick():
+            return _overdue(relay, now_ms, SILENCE_MS)
+    raise AssertionError(f"{relay.phase} {event}")
+
+
+def _take(relay: Relay, part: Part | Final, now_ms: int) -> tuple[Relay, tuple[Effect, ...]]:
+    if part.index < relay.next_index:
+        return relay, ()
+    if part.index > relay.next_index:
+        return _fail(relay, "answer_gap", "a part of the answer got lost on the way")
+    relay = replace(relay, phase="answering", heard_at_ms=now_ms, next_index=part.index + 1)
+    return relay, (Deliver(part.data, part.head),)
+
+
+def _end(relay: Relay, final: Final, now_ms: int) -> tuple[Relay, tuple[Effect, ...]]:
+    if final.failure is not None:
+        return replace(relay, phase="done"), (Fail(final.failure),)
+    relay, effects = _take(relay, final, now_ms)
+    if relay.phase == "done" or not effects:
+        return relay, effects
+    return replace(relay, phase="done"), (*effects, Finish(final.usage))
+
+
+def _overdue(relay: Relay, now_ms: int, silence_ms: int) -> tuple[Relay, tuple[Effect, ...]]:
+    if now_ms - relay.heard_at_ms > silence_ms:
+        return _fail(relay, "node_silent", f"the node said nothing for {silence_ms / 1000:g} s")
+    if relay.next_index == 0 and now_ms > relay.first_by_ms:
+        return _fail(relay, "node_too_slow", "the node did not begin to answer in time")
+    return relay, ()
+
+
+def _fail(relay: Relay, code: str, message: str) -> tuple[Relay, tuple[Effect, ...]]:
+    return replace(relay, phase="done"), (Stop(), Fail(Failure(code=code, message=message)))

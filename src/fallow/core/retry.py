@@ -1,0 +1,21 @@
+"""Whether a call that failed on one node is tried on another."""
+
+from fallow.model.errors import Failure
+
+ATTEMPTS_MAX = 3
+ENGINE_FAULTS_MAX = 2
+"""A call that kills engines must not walk through the whole network."""
+
+NODE_FAULTS = frozenset(
+    {"node_unreachable", "node_silent", "node_too_slow", "answer_gap", "busy", "leaving", "model_loading", "model_not_here"}
+)
+ENGINE_FAULTS = frozenset({"engine_failed", "engine_stalled"})
+
+
+def try_elsewhere(failures: tuple[Failure, ...], *, started: bool) -> bool:
+    """Whether to try once more. `started` means that the caller already has a part of an answer."""
+    if started or not failures or len(failures) >= ATTEMPTS_MAX:
+        return False
+    if sum(f.code in ENGINE_FAULTS for f in failures) >= ENGINE_FAULTS_MAX:
+        return False
+    return failures[-1].code in NODE_FAULTS | ENGINE_FAULTS

@@ -1,0 +1,1 @@
+"""Programs that do the work, each in a process of its own, on a private socket."""

@@ -1,0 +1,137 @@
+"""Everything that can go wrong, each under a public code that never changes."""
+
+from typing import ClassVar
+
+import msgspec
+
+
+class Failure(msgspec.Struct, frozen=True, kw_only=True):
+    """A refusal or a fault as a value: it travels over the wire and becomes an HTTP error at the gateway.
+
+    `code` is public and stable. `param` names the request's field that was wrong. `retry_after_ms` is a
+    prediction of when trying again makes sense. `progress` is 0 to 1 while something loads.
+    """
+
+    code: str
+    message: str
+    param: str | None = None
+    retry_after_ms: int | None = None
+    progress: float | None = None
+
+
+class FallowError(Exception):
+    """The root of every error that Fallow raises on purpose. Its text is fit for a user to read."""
+
+    code: ClassVar[str] = "internal_error"
+
+    def __init__(self, message: str, *, param: str | None = None, retry_after_ms: int | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.retry_after_ms = retry_after_ms
+
+    def failure(self) -> Failure:
+        """The same error as a value."""
+        return Failure(code=self.code, message=self.message, param=self.param, retry_after_ms=self.retry_after_ms)
+
+
+class InvalidRequest(FallowError):
+    """The caller's request can't be understood or isn't allowed; trying it again won't help."""
+
+    code = "invalid_request"
+
+
+class InvalidApiKey(FallowError):
+    """No API key, or one that nobody knows."""
+
+    code = "invalid_api_key"
+
+
+class BodyTooLarge(FallowError):
+    """The request's body is over the limit."""
+
+    code = "body_too_large"
+
+
+class EngineFailed(FallowError):
+    """The engine died or answered nonsense."""
+
+    code = "engine_failed"
+
+
+class EngineStalled(FallowError):
+    """The engine lives but made no progress for too long."""
+
+    code = "engine_stalled"
+
+
+class ModelLoading(FallowError):
+    """The engine is still loading the model."""
+
+    code = "model_loading"
+
+
+class BrokerLost(FallowError):
+    """The connection to the broker is down."""
+
+    code = "broker_lost"
+
+
+class WireError(FallowError):
+    """Bytes from outside that aren't what the protocol says."""
+
+    code = "wire_error"
+
+
+class BadSetting(FallowError):
+    """A value in the settings file or a flag is wrong; the text names file, line and what was expected."""
+
+    code = "bad_setting"
+
+
+class AlreadyRunning(FallowError):
+    """Another Fallow process holds this data folder."""
+
+    code = "already_running"
+
+
+class StartFailed(FallowError):
+    """A part of Fallow did not come up."""
+
+    code = "start_failed"
+
+
+class MissingExtra(FallowError):
+    """An optional dependency is needed and not installed; the text names the extra."""
+
+    code = "missing_extra"
+
+
+class UnknownModel(FallowError):
+    """No model of this name is in the catalogue."""
+
+    code = "unknown_model"
+
+
+class FetchFailed(FallowError):
+    """A model could not be fetched."""
+
+    code = "fetch_failed"
+
+
+class DiskFull(FetchFailed):
+    """There is not enough room on the disk."""
+
+    code = "disk_full"
+
+
+class BadChecksum(FetchFailed):
+    """What came is not what the catalogue says it is."""
+
+    code = "bad_checksum"
+
+
+class NoNetwork(FetchFailed):
+    """The source of a model can't be reached."""
+
+    code = "no_network"

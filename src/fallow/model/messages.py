@@ -1,0 +1,142 @@
+"""What travels between gateways, nodes and hubs. The subject table says which of these goes where.
+
+Messages are arrays on the wire: a newer minor version may add fields at the end, and an older reader ignores them.
+`seal` and `signature` are room for what a later version puts there; they are empty today.
+"""
+
+from typing import Literal
+
+import msgspec
+
+from fallow.model.call import Grant
+from fallow.model.card import Card
+from fallow.model.errors import Failure
+from fallow.model.ids import AttemptId, CallId, GatewayId, KeyId, NodeId, OrgId
+from fallow.model.offer import Load, Offer
+from fallow.model.receipt import Usage
+
+NodeState = Literal["run", "throttle", "pause", "leave"]
+
+
+class Message(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
+    """The root of all messages."""
+
+
+class Request(Message, frozen=True, kw_only=True, array_like=True, tag=1):
+    """Gateway to node: a call's header and its body, or the first part of it.
+
+    `body_bytes` is the whole body's size; what `body` lacks follows as `BodyPart`s.
+    """
+
+    attempt_id: AttemptId
+    call_id: CallId
+    gateway_id: GatewayId
+    org_id: OrgId
+    key_id: KeyId
+    path: str
+    model: str
+    stream: bool
+    body_bytes: int
+    body: bytes
+    seal: bytes = b""
+    signature: bytes = b""
+
+
+class BodyPart(Message, frozen=True, kw_only=True, array_like=True, tag=2):
+    """Gateway to node: more of a request's body. `offset` counts bytes from the body's start."""
+
+    offset: int
+    data: bytes
+    seal: bytes = b""
+
+
+class Cancel(Message, frozen=True, kw_only=True, array_like=True, tag=3):
+    """Gateway to node: nobody waits for this attempt any more."""
+
+    attempt_id: AttemptId
+
+
+class Credit(Message, frozen=True, kw_only=True, array_like=True, tag=4):
+    """Either way: the other side may send bytes up to this offset. Saying it twice changes nothing."""
+
+    attempt_id: AttemptId
+    until_bytes: int
+
+
+class Lease(Message, frozen=True, kw_only=True, array_like=True, tag=5):
+    """Gateway to node: I live and still wait for these attempts."""
+
+    gateway_id: GatewayId
+    attempt_ids: tuple[AttemptId, ...]
+
+
+class Introduce(Message, frozen=True, kw_only=True, array_like=True, tag=6):
+    """Gateway to node: send your card and offers with the next heartbeat, at once."""
+
+    gateway_id: GatewayId
+
+
+class Accepted(Message, frozen=True, kw_only=True, array_like=True, tag=7):
+    """Node to gateway: the attempt is here; sent only when the answer takes longer than a moment."""
+
+
+class Head(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
+    """The start of the engine's HTTP answer. `engine_us` is the time from asking the engine to what is sent first."""
+
+    status: int
+    content_type: str
+    engine_us: int
+
+
+class Part(Message, frozen=True, kw_only=True, array_like=True, tag=8):
+    """Node to gateway: a piece of the answer. `index` counts up from 0; the first one carries the head."""
+
+    index: int
+    data: bytes
+    head: Head | None = None
+    seal: bytes = b""
+
+
+class Final(Message, frozen=True, kw_only=True, array_like=True, tag=9):
+    """Node to gateway: the last piece of the answer, or why there is none. An answer without it was cut off."""
+
+    index: int
+    data: bytes = b""
+    head: Head | None = None
+    usage: Usage | None = None
+    failure: Failure | None = None
+    seal: bytes = b""
+    signature: bytes = b""
+
+
+class Alive(Message, frozen=True, kw_only=True, array_like=True, tag=10):
+    """Node to gateway: still at it."""
+
+
+class Heartbeat(Message, frozen=True, kw_only=True, array_like=True, tag=11):
+    """Node to everyone: I live. `card` and `offers` come along when they changed or somebody asked."""
+
+    node_id: NodeId
+    sequence: int
+    state: NodeState
+    card_sequence: int
+    loads: tuple[Load, ...]
+    card: Card | None = None
+    offers: tuple[Offer, ...] | None = None
+    signature: bytes = b""
+
+
+class KeyQuery(Message, frozen=True, kw_only=True, array_like=True, tag=12):
+    """Gateway to hub: whose key has this SHA-256?"""
+
+    key_digest: bytes
+
+
+class KeyAnswer(Message, frozen=True, kw_only=True, array_like=True, tag=13):
+    """Hub to gateway: what the key allows, or nothing if nobody knows it."""
+
+    grant: Grant | None = None
+
+
+ToNode = Cancel | Credit | Lease | Introduce
+ToGateway = Accepted | Part | Final | Alive | Credit

@@ -1,0 +1,51 @@
+"""Messages to bytes and back: one byte of major version, then MessagePack."""
+
+from typing import Generic, TypeVar
+
+import msgspec
+
+from fallow.model import messages as m
+from fallow.model.errors import WireError
+from fallow.wire.subjects import PAYLOAD_BYTES_MAX
+
+MAJOR = 1
+_PREFIX = bytes([MAJOR])
+
+T = TypeVar("T")
+
+_encoder = msgspec.msgpack.Encoder()
+
+
+def encode(message: m.Message) -> bytes:
+    """The bytes as they are sent; raises WireError if the broker wouldn't carry them."""
+    data = _PREFIX + _encoder.encode(message)
+    if len(data) > PAYLOAD_BYTES_MAX:
+        raise WireError(f"a message of {len(data)} bytes is over the broker's {PAYLOAD_BYTES_MAX}")
+    return data
+
+
+class Reader(Generic[T]):
+    """Reads the messages of one subject."""
+
+    def __init__(self, kind: type[T]) -> None:
+        self._decoder = msgspec.msgpack.Decoder(kind)
+
+    def read(self, data: bytes) -> T:
+        """The message; raises WireError for another major version or anything that isn't what the subject carries."""
+        if not data or data[0] != MAJOR:
+            spoken = data[0] if data else "nothing"
+            raise WireError(f"the message speaks version {spoken}, this side version {MAJOR}; update the older one")
+        try:
+            return self._decoder.decode(memoryview(data)[1:])
+        except (msgspec.DecodeError, RecursionError) as error:
+            raise WireError(f"malformed message: {error}") from None
+
+
+# A union type isn't a `type[...]` to the checker, though msgspec takes it.
+to_node: Reader[m.ToNode] = Reader(m.ToNode)  # type: ignore[arg-type]
+to_gateway: Reader[m.ToGateway] = Reader(m.ToGateway)  # type: ignore[arg-type]
+request = Reader(m.Request)
+body_part = Reader(m.BodyPart)
+heartbeat = Reader(m.Heartbeat)
+key_query = Reader(m.KeyQuery)
+key_answer = Reader(m.KeyAnswer)

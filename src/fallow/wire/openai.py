@@ -1,0 +1,122 @@
+"""OpenAI's HTTP API as Fallow reads it: what the gateway needs of a body, and the shape of its errors."""
+
+import re
+from typing import Any, Literal
+
+import msgspec
+
+from fallow.model.errors import Failure, InvalidRequest
+
+CHAT = "/v1/chat/completions"
+COMPLETIONS = "/v1/completions"
+MODELS = "/v1/models"
+TOKENS_MAX = 2**31 - 1
+BYTES_PER_TOKEN = 4
+"""A rough mean for English text; only for choosing a node."""
+
+Tier = Literal["auto", "default", "flex", "scale", "priority"]
+
+
+class StreamOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """What a stream is to contain besides the answer."""
+
+    include_usage: bool = False
+    include_obfuscation: bool = False
+
+
+class CallHead(msgspec.Struct, frozen=True, kw_only=True):
+    """The few fields of a call that the gateway must know. All others stay bytes."""
+
+    model: str
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    max_tokens: int | None = None
+    max_completion_tokens: int | None = None
+    service_tier: Tier | None = None
+
+    @property
+    def output_tokens_max(self) -> int | None:
+        return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
+
+
+class ErrorBody(msgspec.Struct, frozen=True, kw_only=True):
+    """OpenAI's error object. `loading` is ours, and is only there while a model loads."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str
+    loading: dict[str, float] | msgspec.UnsetType = msgspec.UNSET
+
+
+class ErrorEnvelope(msgspec.Struct, frozen=True, kw_only=True):
+    """How every error of the API looks."""
+
+    error: ErrorBody
+
+
+class Model(msgspec.Struct, frozen=True, kw_only=True):
+    """A model in the list."""
+
+    id: str
+    created: int
+    owned_by: str
+    object: Literal["model"] = "model"
+
+
+class ModelList(msgspec.Struct, frozen=True, kw_only=True):
+    """The models that are offered now."""
+
+    data: list[Model]
+    object: Literal["list"] = "list"
+
+
+_head = msgspec.json.Decoder(CallHead)
+_AT = re.compile(r" - at `\$\.?([^`]*)`$")
+_MISSING = re.compile(r"^Object missing required field `([^`]+)`")
+_UNKNOWN = re.compile(r"^Object contains unknown field `([^`]+)`")
+
+
+def read_head(body: bytes) -> CallHead:
+    """The call's head; raises InvalidRequest with `param` named where a field is wrong."""
+    head: CallHead = decode(_head, body)
+    limit = head.output_tokens_max
+    if limit is not None and not 1 <= limit <= TOKENS_MAX:
+        name = "max_tokens" if head.max_completion_tokens is None else "max_completion_tokens"
+        raise InvalidRequest(f"{name} must be between 1 and {TOKENS_MAX}", param=name)
+    return head
+
+
+def decode(decoder: "msgspec.json.Decoder[Any]", body: bytes) -> Any:
+    """Decode a client's JSON; raises InvalidRequest in words that help, with the field as `param`."""
+    try:
+        return decoder.decode(body)
+    except msgspec.ValidationError as error:
+        raise invalid(str(error)) from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise InvalidRequest(f"the body is not valid JSON: {error}") from None
+    except RecursionError:
+        raise InvalidRequest("the body is nested too deeply") from None
+
+
+def invalid(text: str) -> InvalidRequest:
+    """A validation error of msgspec, with the field's path as `param`."""
+    at = _AT.search(text)
+    path = at.group(1) if at else ""
+    message = text[: at.start()] if at else text
+    if found := _MISSING.match(message):
+        param = f"{path}.{found.group(1)}".lstrip(".")
+        return InvalidRequest(f"{param} is required", param=param)
+    if found := _UNKNOWN.match(message):
+        param = f"{path}.{found.group(1)}".lstrip(".")
+        return InvalidRequest(f"{param} is not a parameter that this model's engine takes", param=param)
+    return InvalidRequest(f"{path}: {message}" if path else message, param=path or None)
+
+
+def error_body(failure: Failure, kind: str) -> bytes:
+    """The envelope around a failure; `kind` is OpenAI's error type."""
+    loading: dict[str, float] | msgspec.UnsetType = msgspec.UNSET
+    if failure.progress is not None:
+        loading = {"progress": failure.progress, "ready_in_s": (failure.retry_after_ms or 0) / 1000}
+    body = ErrorBody(message=failure.message, type=kind, param=failure.param, code=failure.code, loading=loading)
+    return msgspec.json.encode(ErrorEnvelope(error=body))

@@ -1,0 +1,43 @@
+"""Server-sent events: bytes as they come, cut into whole events."""
+
+from fallow.model.errors import WireError
+
+EVENT_BYTES_MAX = 4 * 1024 * 1024
+DONE = b"data: [DONE]\n\n"
+_END = b"\n\n"
+_DATA = b"data: "
+
+
+class EventCutter:
+    """Cuts a stream into events; each comes with its closing blank line."""
+
+    def __init__(self) -> None:
+        self._rest = b""
+
+    def feed(self, chunk: bytes) -> list[bytes]:
+        """The events that `chunk` completes; raises WireError if one grows beyond its limit."""
+        buffer = self._rest + chunk if self._rest else chunk
+        events: list[bytes] = []
+        start = 0
+        while (end := buffer.find(_END, start)) >= 0:
+            events.append(buffer[start : end + 2])
+            start = end + 2
+        self._rest = buffer[start:]
+        if len(self._rest) > EVENT_BYTES_MAX:
+            raise WireError(f"an event of the engine is over {EVENT_BYTES_MAX} bytes")
+        return events
+
+    @property
+    def rest(self) -> bytes:
+        """What came after the last whole event."""
+        return self._rest
+
+
+def payload(event: bytes) -> bytes:
+    """The JSON of a `data:` event; empty for a comment or anything else."""
+    return event[len(_DATA) : -2] if event.startswith(_DATA) else b""
+
+
+def event(data: bytes) -> bytes:
+    """An event around one line of JSON."""
+    return _DATA + data + _END
