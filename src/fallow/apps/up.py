@@ -7,18 +7,22 @@ from asyncio.subprocess import Process
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import msgspec
 
 from fallow.adapters import children
 from fallow.adapters.files import make_folder, only_one
+from fallow.adapters.http_engine import HttpEngine
 from fallow.apps.hub.main import KEY_FILE
 from fallow.apps.run import Ready
 from fallow.apps.settings import Settings, inherited
-from fallow.model.errors import StartFailed
+from fallow.model.errors import EngineFailed, StartFailed
 
 PART_S_MAX = 120.0
 LINE_BYTES_MAX = 4096
+READY_S_MAX = 10.0
+READY_POLL_S = 0.05
 BROKER_ANYWHERE = "127.0.0.1:0"
 
 
@@ -111,7 +115,26 @@ async def _start(settings: Settings, parts: list[Part]) -> tuple[str, str]:
     parts.append(gateway := await start_part(settings, "gateway", gateway_flags))
     parts.append(node := await start_part(settings, "lend", ["--hub", address, "--model", settings.node.model]))
     base_url, node_id = await asyncio.gather(gateway.address(), node.address())
+    await until_ready(base_url)
     return base_url, node_id
+
+
+async def until_ready(base_url: str) -> None:
+    """Wait until the gateway knows a node that offers something; raises StartFailed."""
+    parts = urlsplit(base_url)
+    gateway = HttpEngine(f"{parts.hostname}:{parts.port}")
+    reason = b""
+    try:
+        async with asyncio.timeout(READY_S_MAX):
+            while True:
+                status, reason = await gateway.get("/readyz", READY_S_MAX, LINE_BYTES_MAX)
+                if status == 200:
+                    return
+                await asyncio.sleep(READY_POLL_S)
+    except (TimeoutError, EngineFailed):
+        raise StartFailed(f"the gateway is not ready after {READY_S_MAX:g} s: {reason.decode(errors='replace')}") from None
+    finally:
+        gateway.close()
 
 
 async def _end(parts: list[Part]) -> None:

@@ -19,6 +19,9 @@ ACCEPTED_AFTER_S = 0.02
 """Most failures and some answers are quicker than that, and then no Accepted is needed."""
 OFFER_LIFE_MS = 24 * 3_600_000
 LEAVE_S = 0.5
+FIRST_BEATS_MS = 3_000
+FIRST_BEAT_S = 0.2
+"""A newcomer beats faster for a moment: gateways that start at the same time hear of it at once."""
 
 log = logging.getLogger("fallow.node")
 
@@ -67,14 +70,16 @@ class Node:
     # heartbeats
     async def _beat(self) -> None:
         full = True
+        started = self._clock.now_ms()
         while True:
             try:
                 await self._send_beat(full=full)
                 full = False
             except BrokerLost:
                 full = True
+            first = self._clock.now_ms() - started < FIRST_BEATS_MS
             try:
-                async with asyncio.timeout(roster.BEAT_MS / 1000):
+                async with asyncio.timeout(FIRST_BEAT_S if first else roster.BEAT_MS / 1000):
                     await self._introduce.wait()
                 full = True
             except TimeoutError:
