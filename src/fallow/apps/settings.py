@@ -47,6 +47,8 @@ TEMPLATE = """\
 # slots = 0
 # Seconds without any progress after which the engine is restarted.
 # stall_s = 30
+# Seconds for which a call waits here while the engine loads, before it is told so.
+# load_wait_s = 10
 
 [models]
 # Where model files are kept; empty: the user's cache folder.
@@ -74,6 +76,7 @@ class Node(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     threads: Annotated[int, Meta(ge=0, le=1024)] = 0
     slots: Annotated[int, Meta(ge=0, le=256)] = 0
     stall_s: Annotated[float, Meta(ge=1, le=3600)] = 30.0
+    load_wait_s: Annotated[float, Meta(ge=0, le=600)] = 10.0
 
 
 class Models(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -105,6 +105,7 @@ async def _llama(settings: Settings, folder: Path, clock: Clock, progress: Progr
         slots=size.slots,
         supervisor=supervisor,
         engine=client,
+        load_wait_s=settings.node.load_wait_s,
     )
 
 

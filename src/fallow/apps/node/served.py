@@ -9,7 +9,7 @@ import msgspec
 
 from fallow.adapters.http_engine import HttpAnswer, HttpEngine
 from fallow.apps.node.supervisor import Supervisor
-from fallow.model.errors import EngineFailed, Failure
+from fallow.model.errors import EngineFailed, EngineStalled, Failure
 from fallow.model.ids import NodeId
 from fallow.model.messages import Head
 from fallow.model.offer import Load, Offer, Price, Speed
@@ -19,8 +19,6 @@ from fallow.wire.llama_answer import StreamedAnswer, WholeAnswer, refusal
 from fallow.wire.openai import CHAT, COMPLETIONS
 
 REFUSAL_BYTES_MAX = 64 * 1024
-LOAD_WAIT_S = 10.0
-"""How long a call waits at the node for an engine that is loading before it is told so."""
 JSON = "application/json"
 EVENTS = "text/event-stream"
 
@@ -118,7 +116,9 @@ class LlamaAnswer:
 class LlamaServed:
     """A model of the catalogue in a llama engine of our own."""
 
-    def __init__(self, *, model: str, digest: str, context_tokens: int, slots: int, supervisor: Supervisor, engine: HttpEngine) -> None:
+    def __init__(
+        self, *, model: str, digest: str, context_tokens: int, slots: int, supervisor: Supervisor, engine: HttpEngine, load_wait_s: float
+    ) -> None:
         self.model = model
         self.slots = slots
         self.waiting_max = 2 * slots
@@ -127,6 +127,7 @@ class LlamaServed:
         self._context_tokens = context_tokens
         self._supervisor = supervisor
         self._engine = engine
+        self._load_wait_s = load_wait_s
 
     def offer(self, node_id: NodeId, expires_at_ms: int) -> Offer:
         return Offer(
@@ -155,7 +156,7 @@ class LlamaServed:
 
     async def ready(self) -> Failure | None:
         """None once the engine answers; else how far it is."""
-        if await self._supervisor.ready(LOAD_WAIT_S):
+        if await self._supervisor.ready(self._load_wait_s):
             return None
         wait_ms = self._supervisor.ready_in_ms()
         text = f"the model is being loaded; ready in about {max(1, round(wait_ms / 1000))} s"
@@ -172,6 +173,10 @@ class LlamaServed:
                 if answer.head.status != 200:
                     raise Refused(refusal(answer.head.status, await _small(answer)))
                 yield LlamaAnswer(answer, request, chat=path == CHAT, supervisor=self._supervisor)
+        except EngineFailed:
+            if self._supervisor.has_stalled:
+                raise EngineStalled("the engine made no progress for too long and was restarted") from None
+            raise
         finally:
             self._supervisor.running -= 1
 

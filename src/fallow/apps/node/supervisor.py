@@ -34,6 +34,7 @@ class Supervisor:
         self.running = 0
         self._moved_at_ms = 0
         self.restarts = 0
+        self.has_stalled = False
 
     async def run(self) -> None:
         """Until cancelled; then the engine is killed."""
@@ -99,11 +100,13 @@ class Supervisor:
                     self._group.create_task(self._start(), name="engine start")
                 case watch.Kill(why=why):
                     log.warning("engine killed: %s", why)
+                    self.has_stalled = why == "stalled"
                     self._group.create_task(self._kill(), name="engine kill")
 
     async def _start(self) -> None:
         try:
             self._process = process = await self._launch.start()
+            self.has_stalled = False
         except (OSError, BadChecksum) as error:
             log.error("engine could not be started: %s", error)
             self._step(watch.Exited())
