@@ -161,7 +161,7 @@ def client(service: Service) -> Iterator[openai.OpenAI]:
 
 SETTINGS = """\
 [node]
-stall_s = 2
+stall_s = {stall_s}
 load_wait_s = {load_wait_s}
 """
 
@@ -197,10 +197,10 @@ class Apart:
                 continue
         return ""
 
-    def lend(self, name: str, *arguments: str, load_wait_s: float = 10) -> Running:
+    def lend(self, name: str, *arguments: str, load_wait_s: float = 10, stall_s: float = 30) -> Running:
         data = self.folder / name
         data.mkdir()
-        (data / "settings.toml").write_text(SETTINGS.format(load_wait_s=load_wait_s))
+        (data / "settings.toml").write_text(SETTINGS.format(load_wait_s=load_wait_s, stall_s=stall_s))
         flags = ["--hub", self.hub_address, "--secret-file", str(self.folder / "hub" / "secret"), *arguments]
         self.parts[name] = Running(data, "lend", *flags)
         return self.parts[name]

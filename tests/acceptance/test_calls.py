@@ -51,9 +51,7 @@ def test_a_streamed_chat_is_the_same_answer(client: openai.OpenAI) -> None:
 
 
 def test_a_stream_tells_its_usage_when_asked(client: openai.OpenAI) -> None:
-    stream = client.chat.completions.create(
-        model=MODEL, messages=HI, max_tokens=5, stream=True, stream_options={"include_usage": True}
-    )
+    stream = client.chat.completions.create(model=MODEL, messages=HI, max_tokens=5, stream=True, stream_options={"include_usage": True})
     chunks = list(stream)
     assert [c.usage is not None for c in chunks].count(True) == 1
     last = chunks[-1]
@@ -93,9 +91,7 @@ def test_a_json_schema_is_kept(client: openai.OpenAI) -> None:
 
 def test_many_calls_at_once(client: openai.OpenAI) -> None:
     def ask(number: int) -> int:
-        answer = client.chat.completions.create(
-            model=MODEL, messages=[{"role": "user", "content": f"Count to {number}."}], max_tokens=4
-        )
+        answer = client.chat.completions.create(model=MODEL, messages=[{"role": "user", "content": f"Count to {number}."}], max_tokens=4)
         assert answer.usage is not None
         return answer.usage.completion_tokens
 

@@ -145,7 +145,9 @@ def _table(found: list[NodeView]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("node", "model", "engine", "slots free", "waiting", "hardware", "region", "heard", box=None, header_style="bold")
+    table = Table(box=None, header_style="bold")
+    for heading in ("node", "model", "engine", "free", "waiting", "hardware", "region", "heard"):
+        table.add_column(heading, no_wrap=heading == "node", overflow="fold")
     for node in found:
         for offer in node.offers:
             table.add_row(
@@ -156,7 +158,7 @@ def _table(found: list[NodeView]) -> None:
                 str(offer.waiting),
                 node.hardware,
                 node.region,
-                f"{node.heard_ms_ago / 1000:.1f} s ago",
+                f"{node.heard_ms_ago / 1000:.1f}s ago",
             )
     Console().print(table if found else "no nodes; lend this machine with `fallow lend`")
 
