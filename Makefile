@@ -16,7 +16,7 @@ $(STAMP): requirements.lock pyproject.toml
 	@touch $(STAMP)
 
 demo: setup
-	@$(BIN)/python -m fallow demo
+	@$(BIN)/python examples/demo.py
 
 lint: setup
 	$(BIN)/ruff check .

@@ -6,7 +6,7 @@ A general client costs a third of the gateway's throughput here (docs/adr/0003),
 import asyncio
 import contextlib
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from time import perf_counter_ns
 from typing import cast
 
@@ -142,23 +142,24 @@ class HttpAnswer:
 
 
 class HttpEngine:
-    """The client of one engine. `address` is an absolute path of a socket, or `host:port`."""
+    """The client of one engine. `address` is an absolute path of a socket, or `host:port`; `headers` go with every request."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, headers: Mapping[str, str] | None = None) -> None:
         self._address = address
+        self._headers = "".join(f"{name}: {value}\r\n" for name, value in {"host": "engine", **(headers or {})}.items())
         self._idle: list[_Connection] = []
 
     @contextlib.asynccontextmanager
     async def post(self, path: str, body: bytes) -> AsyncIterator[HttpAnswer]:
         """Ask the engine. Leaving before the answer's end closes the connection, which stops the generation."""
-        head = f"POST {path} HTTP/1.1\r\nhost: engine\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+        head = f"POST {path} HTTP/1.1\r\n{self._headers}content-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
         async with self._asked(head.encode() + body) as answer:
             yield answer
 
     async def is_healthy(self, within_s: float) -> bool:
         """Whether the engine answers that it is ready."""
         try:
-            async with asyncio.timeout(within_s), self._asked(b"GET /health HTTP/1.1\r\nhost: engine\r\n\r\n") as answer:
+            async with asyncio.timeout(within_s), self._asked(self._get("/health")) as answer:
                 return answer.head.status == 200
         except (EngineFailed, TimeoutError):
             return False
@@ -167,7 +168,7 @@ class HttpEngine:
         """A small document of the engine: status and body; raises EngineFailed."""
         data = b""
         try:
-            async with asyncio.timeout(within_s), self._asked(f"GET {path} HTTP/1.1\r\nhost: engine\r\n\r\n".encode()) as answer:
+            async with asyncio.timeout(within_s), self._asked(self._get(path)) as answer:
                 async for chunk in answer.body():
                     data += chunk
                     if len(data) > bytes_max:
@@ -175,6 +176,9 @@ class HttpEngine:
                 return answer.head.status, data
         except TimeoutError:
             raise EngineFailed(f"the engine did not answer {path} within {within_s:g} s") from None
+
+    def _get(self, path: str) -> bytes:
+        return f"GET {path} HTTP/1.1\r\n{self._headers}\r\n".encode()
 
     @contextlib.asynccontextmanager
     async def _asked(self, request: bytes) -> AsyncIterator[HttpAnswer]:

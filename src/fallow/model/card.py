@@ -18,7 +18,7 @@ class Hardware(msgspec.Struct, frozen=True, kw_only=True):
 
     def summary(self) -> str:
         """A few words for headers and tables."""
-        return f"gpu {self.gpu}" if self.kind == "gpu" else f"cpu {self.cores}x {self.isa}"
+        return f"gpu {self.gpu}" if self.kind == "gpu" else f"cpu {self.cores}x {self.isa.removeprefix('x86_64-')}"
 
 
 class Card(msgspec.Struct, frozen=True, kw_only=True):
