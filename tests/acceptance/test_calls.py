@@ -3,13 +3,14 @@
 import concurrent.futures
 import json
 import time
+from typing import Any
 
 import openai
 import psutil
 import pytest
 from running import MODEL, Service, cpu_s, until
 
-HI = [{"role": "user", "content": "Say hello."}]
+HI: Any = [{"role": "user", "content": "Say hello."}]
 ENDLESS = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13,"
 PERSON = {
     "type": "object",
@@ -39,7 +40,7 @@ def test_the_headers_say_what_ran_where(client: openai.OpenAI, service: Service)
 
 
 def test_a_streamed_chat_is_the_same_answer(client: openai.OpenAI) -> None:
-    options = {"model": MODEL, "messages": HI, "max_tokens": 24, "temperature": 0}
+    options: dict[str, Any] = {"model": MODEL, "messages": HI, "max_tokens": 24, "temperature": 0}
     whole = client.chat.completions.create(**options)
     chunks = list(client.chat.completions.create(**options, stream=True))
     roles = [c.choices[0].delta.role for c in chunks if c.choices and c.choices[0].delta.role]
@@ -131,4 +132,4 @@ def burns(engine: psutil.Process, over_s: float) -> bool:
     """Whether the engine computes: an idle one uses well under a tenth of a core."""
     before = cpu_s(engine)
     time.sleep(over_s)
-    return cpu_s(engine) - before > 0.1 * over_s
+    return bool(cpu_s(engine) - before > 0.1 * over_s)

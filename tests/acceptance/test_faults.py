@@ -9,9 +9,9 @@ import psutil
 import pytest
 from running import MODEL, Apart, Running, Service, until, wait_ready
 
-SLOW = {"model": MODEL, "prompt": "river " * 900, "max_tokens": 3, "temperature": 0}
+SLOW: dict[str, Any] = {"model": MODEL, "prompt": "river " * 900, "max_tokens": 3, "temperature": 0}
 """Its prefill takes long enough to be killed in."""
-ENDLESS = {"model": MODEL, "prompt": "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13,", "max_tokens": 3_000, "temperature": 0}
+ENDLESS: dict[str, Any] = {"model": MODEL, "prompt": "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13,", "max_tokens": 3_000, "temperature": 0}
 
 
 class Caller(threading.Thread):
@@ -125,7 +125,9 @@ def test_an_engine_that_stalls_is_restarted(apart: Apart) -> None:
     assert '"code":"engine_stalled"' in caller.text
     until(lambda: not psutil.pid_exists(stalled.pid), what="the stalled engine is gone")
     wait_ready(service, 1)
-    assert Caller(service, SLOW | {"prompt": "Hello"}).wait() is None
+    after = Caller(service, SLOW | {"prompt": "Hello"})
+    after.wait()
+    assert after.status == 200
 
 
 def test_the_broker_killed(apart: Apart) -> None:
@@ -143,7 +145,8 @@ def test_the_broker_killed(apart: Apart) -> None:
     assert again.pid != broker.pid
 
     def answers() -> bool:
-        return service.post({"model": MODEL, "prompt": "Hello", "max_tokens": 2}, "/completions").status_code == 200
+        answer = service.post({"model": MODEL, "prompt": "Hello", "max_tokens": 2}, "/completions")
+        return bool(answer.status_code == 200)
 
     until(answers, what="an answer after the broker's return")
 
@@ -161,6 +164,6 @@ def test_a_gateway_killed_does_not_leave_the_engine_working(apart: Apart) -> Non
     def idle() -> bool:
         before = engine.cpu_times()
         threading.Event().wait(0.5)
-        return engine.cpu_times().user - before.user < 0.05
+        return bool(engine.cpu_times().user - before.user < 0.05)
 
     until(idle, within_s=25, what="the engine rests")
