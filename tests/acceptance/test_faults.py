@@ -9,8 +9,7 @@ import psutil
 import pytest
 from running import MODEL, Apart, Running, Service, until, wait_ready
 
-SLOW: dict[str, Any] = {"model": MODEL, "prompt": "river " * 900, "max_tokens": 3, "temperature": 0}
-"""Its prefill takes long enough to be killed in."""
+SHORT: dict[str, Any] = {"model": MODEL, "prompt": "Hello", "max_tokens": 3, "temperature": 0}
 ENDLESS: dict[str, Any] = {"model": MODEL, "prompt": "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13,", "max_tokens": 3_000, "temperature": 0}
 
 
@@ -57,12 +56,27 @@ def two_nodes(apart: Apart) -> tuple[Service, dict[str, Running]]:
     return service, {(one.data / "node_id").read_text().strip(): one for one in lenders}
 
 
+def caught(service: Service, nodes: dict[str, Running], *, stream: bool) -> tuple[Caller, Running]:
+    """A call that is in an engine and can't come to its first token, since all engines stand still."""
+    for node in nodes.values():
+        node.engine().suspend()
+    caller = Caller(service, SHORT, stream=stream)
+    return caller, busy_node(service, nodes)
+
+
+def let_go(nodes: dict[str, Running], dead: Running) -> None:
+    """Let the other engines go on."""
+    for node in nodes.values():
+        if node is not dead:
+            node.engine().resume()
+
+
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_node_killed_before_the_first_token_is_not_noticed(apart: Apart, stream: bool) -> None:
     service, nodes = two_nodes(apart)
-    caller = Caller(service, SLOW, stream=stream)
-    node = busy_node(service, nodes)
+    caller, node = caught(service, nodes, stream=stream)
     node.process.send_signal(signal.SIGKILL)
+    let_go(nodes, node)
     caller.wait()
     assert caller.status == 200, caller.text
     assert caller.headers["fallow-attempts"] == "2"
@@ -73,9 +87,9 @@ def test_a_node_killed_before_the_first_token_is_not_noticed(apart: Apart, strea
 
 def test_an_engine_killed_before_the_first_token_is_not_noticed(apart: Apart) -> None:
     service, nodes = two_nodes(apart)
-    caller = Caller(service, SLOW)
-    node = busy_node(service, nodes)
+    caller, node = caught(service, nodes, stream=False)
     node.engine().kill()
+    let_go(nodes, node)
     caller.wait()
     assert caller.status == 200, caller.text
     assert caller.headers["fallow-attempts"] == "2"
@@ -125,7 +139,7 @@ def test_an_engine_that_stalls_is_restarted(apart: Apart) -> None:
     assert '"code":"engine_stalled"' in caller.text
     until(lambda: not psutil.pid_exists(stalled.pid), what="the stalled engine is gone")
     wait_ready(service, 1)
-    after = Caller(service, SLOW | {"prompt": "Hello"})
+    after = Caller(service, SHORT)
     after.wait()
     assert after.status == 200
 
