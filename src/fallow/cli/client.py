@@ -146,20 +146,13 @@ def _table(found: list[NodeView]) -> None:
     from rich.table import Table
 
     table = Table(box=None, header_style="bold")
-    for heading in ("node", "model", "engine", "free", "waiting", "hardware", "region", "heard"):
-        table.add_column(heading, no_wrap=heading == "node", overflow="fold")
+    for heading in ("node", "model", "engine", "free", "hardware", "region", "heard"):
+        table.add_column(heading, no_wrap=heading in ("node", "model", "heard"), overflow="fold")
     for node in found:
         for offer in node.offers:
-            table.add_row(
-                node.node_id,
-                offer.model,
-                offer.readiness,
-                f"{offer.slots_free} of {offer.slots}",
-                str(offer.waiting),
-                node.hardware,
-                node.region,
-                f"{node.heard_ms_ago / 1000:.1f}s ago",
-            )
+            waiting = f", {offer.waiting} wait" if offer.waiting else ""
+            free = f"{offer.slots_free}/{offer.slots}{waiting}"
+            table.add_row(node.node_id, offer.model, offer.readiness, free, node.hardware, node.region, f"{node.heard_ms_ago / 1000:.1f} s")
     Console().print(table if found else "no nodes; lend this machine with `fallow lend`")
 
 

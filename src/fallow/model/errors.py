@@ -53,6 +53,12 @@ class BodyTooLarge(FallowError):
     code = "body_too_large"
 
 
+class BodyTimeout(FallowError):
+    """The request's body took too long to come."""
+
+    code = "body_timeout"
+
+
 class EngineFailed(FallowError):
     """The engine died or answered nonsense."""
 

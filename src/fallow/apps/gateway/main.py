@@ -12,9 +12,10 @@ from fallow.adapters.files import only_one, write_private
 from fallow.adapters.nats_bus import NatsBus
 from fallow.apps.gateway.address import ADDRESS_FILE
 from fallow.apps.gateway.admin import Admin, make_admin
+from fallow.apps.gateway.caller import Receive, Scope, Send
 from fallow.apps.gateway.calls import Calls
 from fallow.apps.gateway.exchange import Exchange
-from fallow.apps.gateway.http import Api, Receive, Scope, Send
+from fallow.apps.gateway.http import Api
 from fallow.apps.gateway.keys import Keys
 from fallow.apps.gateway.metrics import Metrics
 from fallow.apps.gateway.roster import Roster

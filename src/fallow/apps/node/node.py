@@ -1,12 +1,15 @@
 """The node: takes attempts off the bus, runs them, and tells everyone how it is."""
 
 import asyncio
+import functools
 import logging
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 
 from fallow.apps.node.job import Job
+from fallow.apps.node.outlet import Outlet
+from fallow.apps.node.pulse import Pulse
 from fallow.apps.node.served import Served
-from fallow.core import admit, roster
+from fallow.core import admit
 from fallow.model import messages as m
 from fallow.model.card import Card
 from fallow.model.errors import BrokerLost, Failure, WireError
@@ -17,11 +20,7 @@ from fallow.wire import codec, subjects
 TICK_S = 0.25
 ACCEPTED_AFTER_S = 0.02
 """Most failures and some answers are quicker than that, and then no Accepted is needed."""
-OFFER_LIFE_MS = 24 * 3_600_000
 LEAVE_S = 0.5
-FIRST_BEATS_MS = 3_000
-FIRST_BEAT_S = 0.2
-"""A newcomer beats faster for a moment: gateways that start at the same time hear of it at once."""
 
 log = logging.getLogger("fallow.node")
 
@@ -36,9 +35,7 @@ class Node:
         self._clock = clock
         self._jobs: dict[AttemptId, Job] = {}
         self._bodies_bytes = 0
-        self._sequence = clock.wall_ms()
-        self._state: m.NodeState = "run"
-        self._introduce = asyncio.Event()
+        self._pulse = Pulse(card, served, self._running, bus, clock)
         self._group: asyncio.TaskGroup | None = None
 
     async def run(self, until: asyncio.Event) -> None:
@@ -50,55 +47,22 @@ class Node:
             await self._bus.subscribe(subjects.request(node_id), self._on_request)
             await self._bus.subscribe(subjects.bodies(node_id), self._on_body)
             await self._bus.subscribe(subjects.control(node_id), self._on_control)
-            background += [group.create_task(self._beat(), name="beat"), group.create_task(self._tick(), name="tick")]
+            background += [group.create_task(self._pulse.run(), name="pulse"), group.create_task(self._tick(), name="tick")]
             await until.wait()
             await self._leave()
             for task in [*background, *(job.task for job in self._jobs.values() if job.task is not None)]:
                 task.cancel()
 
     async def _leave(self) -> None:
-        self._state = "leave"
+        self._pulse.state = "leave"
         try:
             async with asyncio.timeout(LEAVE_S):
-                await self._send_beat(full=False)
+                await self._pulse.beat(full=False)
                 leaving = Failure(code="leaving", message="the node is leaving the network")
-                for job in self._jobs.values():
-                    await job.give_up(leaving)
+                for job in list(self._jobs.values()):
+                    await job.outlet.fail(leaving)
         except (BrokerLost, TimeoutError):
             log.info("left without a word: the broker is away")
-
-    # heartbeats
-    async def _beat(self) -> None:
-        full = True
-        started = self._clock.now_ms()
-        while True:
-            try:
-                await self._send_beat(full=full)
-                full = False
-            except BrokerLost:
-                full = True
-            first = self._clock.now_ms() - started < FIRST_BEATS_MS
-            try:
-                async with asyncio.timeout(FIRST_BEAT_S if first else roster.BEAT_MS / 1000):
-                    await self._introduce.wait()
-                full = True
-            except TimeoutError:
-                pass
-            self._introduce.clear()
-
-    async def _send_beat(self, *, full: bool) -> None:
-        self._sequence += 1
-        expires = self._clock.wall_ms() + OFFER_LIFE_MS
-        beat = m.Heartbeat(
-            node_id=self.card.node_id,
-            sequence=self._sequence,
-            state=self._state,
-            card_sequence=self.card.sequence,
-            loads=tuple(one.load(running=self._running(one)) for one in self._served.values()),
-            card=self.card if full else None,
-            offers=tuple(one.offer(self.card.node_id, expires) for one in self._served.values()) if full else None,
-        )
-        await self._bus.publish(subjects.heartbeat(self.card.node_id), codec.encode(beat))
 
     def _running(self, served: Served) -> int:
         return sum(job.served is served for job in self._jobs.values())
@@ -118,16 +82,17 @@ class Node:
             return
         # The answer goes where the subject table says, not where the request asks: a reply subject is a stranger's word.
         subject = subjects.answer(request.gateway_id, self.card.node_id, request.attempt_id)
-        job = Job(request, self._served[request.model], self._bus, subject, self._clock)
+        job = Job(request, self._served[request.model], Outlet(self._bus, subject, self._clock), self._clock)
         self._jobs[request.attempt_id] = job
         self._bodies_bytes += request.body_bytes
         job.task = self._spawn(self._run(job))
+        job.task.add_done_callback(lambda _: self._forget(job))  # a task cancelled before its first step runs no `finally`
         asyncio.get_running_loop().call_later(ACCEPTED_AFTER_S, self._accept, job)
 
     def _admit(self, request: m.Request) -> Failure | None:
         served = self._served.get(request.model)
         desk = admit.Desk(
-            leaving=self._state == "leave",
+            leaving=self._pulse.state == "leave",
             running=self._running(served) if served else 0,
             slots=served.slots if served else 0,
             waiting_max=served.waiting_max if served else 0,
@@ -144,14 +109,15 @@ class Node:
             await job.run()
         except Exception as error:  # noqa: BLE001  (one attempt's fault must not end the node; its text may hold a prompt)
             log.error("an attempt broke: %s", type(error).__name__)
-            await self._answer(job.subject, m.Final(index=job.index, failure=Failure(code="engine_failed", message="the node failed")))
-        finally:
-            del self._jobs[job.request.attempt_id]
-            self._bodies_bytes -= job.request.body_bytes
+            await self._quietly(functools.partial(job.outlet.fail, Failure(code="engine_failed", message="the node failed")))
+
+    def _forget(self, job: Job) -> None:
+        del self._jobs[job.request.attempt_id]
+        self._bodies_bytes -= job.request.body_bytes
 
     def _accept(self, job: Job) -> None:
-        if not job.has_said and job.task is not None and not job.task.done():
-            self._spawn(self._quietly(job.say_accepted))
+        if not job.outlet.has_said and job.task is not None and not job.task.done():
+            self._spawn(self._quietly(job.outlet.say_accepted))
 
     def _on_body(self, delivery: Delivery) -> None:
         job = self._jobs.get(AttemptId(subjects.last_token(delivery.subject)))
@@ -176,13 +142,13 @@ class Node:
             case m.Credit():
                 job = self._jobs.get(message.attempt_id)
                 if job is not None:
-                    job.take_credit(message)
+                    job.outlet.grant(message)
             case m.Lease():
                 for attempt_id in message.attempt_ids:
                     if attempt_id in self._jobs:
                         self._jobs[attempt_id].renew()
             case m.Introduce():
-                self._introduce.set()
+                self._pulse.introduce()
 
     # time
     async def _tick(self) -> None:
@@ -193,7 +159,7 @@ class Node:
                     log.warning("an attempt was given up: its gateway is gone")
                     job.task.cancel()
                 else:
-                    await self._quietly(job.say_alive)
+                    await self._quietly(job.outlet.say_alive)
 
     async def _quietly(self, say: Callable[[], Awaitable[None]]) -> None:
         try:

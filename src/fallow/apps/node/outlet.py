@@ -1,0 +1,72 @@
+"""What a node says to a gateway about one attempt: in order, under the gateway's credit, and never silent for long."""
+
+import asyncio
+
+from fallow.core import credit
+from fallow.model import messages as m
+from fallow.model.errors import Failure
+from fallow.model.receipt import Usage
+from fallow.ports import Bus, Clock
+from fallow.wire import codec, subjects
+
+ALIVE_MS = 1_000
+
+
+class Outlet:
+    """One attempt's way back. All of it raises BrokerLost when the broker is away."""
+
+    def __init__(self, bus: Bus, subject: str, clock: Clock) -> None:
+        self._bus = bus
+        self._subject = subject
+        self._clock = clock
+        self._room = asyncio.Event()
+        self._until_bytes = credit.ANSWER_WINDOW_BYTES
+        self._sent_bytes = 0
+        self._index = 0
+        self._said_at_ms = clock.now_ms()
+        self.has_said = False
+
+    def grant(self, granted: m.Credit) -> None:
+        """The gateway has room again."""
+        self._until_bytes = max(self._until_bytes, granted.until_bytes)
+        self._room.set()
+
+    async def part(self, data: bytes, head: m.Head | None) -> None:
+        """A piece of the answer, in as many messages as the broker's limit asks for."""
+        for at in range(0, len(data), subjects.PART_BYTES_MAX):
+            piece = data[at : at + subjects.PART_BYTES_MAX]
+            await self._have_room()
+            await self.say(m.Part(index=self._index, data=piece, head=None if at else head))
+            self._index += 1
+            self._sent_bytes += len(piece)
+
+    async def finish(self, data: bytes, head: m.Head | None, usage: Usage | None) -> None:
+        """The last piece."""
+        split = max(0, len(data) - 1) // subjects.PART_BYTES_MAX * subjects.PART_BYTES_MAX
+        await self.part(data[:split], head)
+        await self._have_room()
+        await self.say(m.Final(index=self._index, data=data[split:], head=None if split else head, usage=usage))
+
+    async def fail(self, failure: Failure) -> None:
+        """The attempt ends here, with nothing more."""
+        await self.say(m.Final(index=self._index, failure=failure))
+
+    async def say_accepted(self) -> None:
+        """If nothing was said yet."""
+        if not self.has_said:
+            await self.say(m.Accepted())
+
+    async def say_alive(self) -> None:
+        """If nothing was said for a second."""
+        if self._clock.now_ms() - self._said_at_ms >= ALIVE_MS:
+            await self.say(m.Alive())
+
+    async def say(self, message: m.Message) -> None:
+        self.has_said = True
+        self._said_at_ms = self._clock.now_ms()
+        await self._bus.publish(self._subject, codec.encode(message))
+
+    async def _have_room(self) -> None:
+        while self._sent_bytes >= self._until_bytes:
+            self._room.clear()
+            await self._room.wait()

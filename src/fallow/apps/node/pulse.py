@@ -1,0 +1,68 @@
+"""A node's heartbeat: that it lives, how busy it is, and who it is when somebody needs to know."""
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Sequence
+
+from fallow.apps.node.served import Served
+from fallow.core import roster
+from fallow.model import messages as m
+from fallow.model.card import Card
+from fallow.model.errors import BrokerLost
+from fallow.ports import Bus, Clock
+from fallow.wire import codec, subjects
+
+OFFER_LIFE_MS = 24 * 3_600_000
+FIRST_BEATS_MS = 3_000
+FIRST_BEAT_S = 0.2
+"""A newcomer beats faster for a moment: gateways that start at the same time hear of it at once."""
+
+
+class Pulse:
+    """Beats until cancelled."""
+
+    def __init__(self, card: Card, served: Sequence[Served], running: Callable[[Served], int], bus: Bus, clock: Clock) -> None:
+        self._card = card
+        self._served = served
+        self._running = running
+        self._bus = bus
+        self._clock = clock
+        self._sequence = clock.wall_ms()
+        self._asked = asyncio.Event()
+        self.state: m.NodeState = "run"
+
+    def introduce(self) -> None:
+        """Somebody doesn't know us yet."""
+        self._asked.set()
+
+    async def run(self) -> None:
+        full = True
+        started = self._clock.now_ms()
+        while True:
+            try:
+                await self.beat(full=full)
+                full = False
+            except BrokerLost:
+                full = True
+            is_new = self._clock.now_ms() - started < FIRST_BEATS_MS
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(FIRST_BEAT_S if is_new else roster.BEAT_MS / 1000):
+                    await self._asked.wait()
+                full = True
+            self._asked.clear()
+
+    async def beat(self, *, full: bool) -> None:
+        """One heartbeat, with card and offers if `full`; raises BrokerLost."""
+        self._sequence += 1
+        node_id = self._card.node_id
+        expires = self._clock.wall_ms() + OFFER_LIFE_MS
+        beat = m.Heartbeat(
+            node_id=node_id,
+            sequence=self._sequence,
+            state=self.state,
+            card_sequence=self._card.sequence,
+            loads=tuple(one.load(running=self._running(one)) for one in self._served),
+            card=self._card if full else None,
+            offers=tuple(one.offer(node_id, expires) for one in self._served) if full else None,
+        )
+        await self._bus.publish(subjects.heartbeat(node_id), codec.encode(beat))
