@@ -50,10 +50,6 @@ class Broker:
         self._process = process
         self.address = address
 
-    @property
-    def pid(self) -> int:
-        return self._process.pid
-
     async def wait(self) -> int:
         """Until it ends; returns the exit code."""
         return await self._process.wait()

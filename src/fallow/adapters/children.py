@@ -53,8 +53,8 @@ async def end(process: Process, *, within_s: float = TERM_S) -> None:
 
 
 async def kill(process: Process) -> None:
-    """End a child at once."""
+    """End a child and what it started at once: each child has a session of its own, and so a group."""
     if process.returncode is None:
         with contextlib.suppress(ProcessLookupError):
-            process.kill()
+            os.killpg(process.pid, signal.SIGKILL)
         await process.wait()

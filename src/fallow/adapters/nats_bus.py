@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,6 +21,9 @@ PENDING_MESSAGES_MAX = 131_072
 PENDING_BYTES_MAX = 256 * 1024 * 1024
 CLOSE_S = 1.0
 REBUILD_WAIT_S = 0.5
+
+
+log = logging.getLogger("fallow.bus")
 
 
 class NatsBus:
@@ -77,8 +81,10 @@ class NatsBus:
 
     async def _rebuild(self) -> None:
         while not self._closing:
-            with contextlib.suppress(OSError, TimeoutError, errors.Error):
+            try:
                 return await self._open()
+            except Exception as error:  # noqa: BLE001  (the outermost loop of the connection: it must come back whatever happens)
+                log.info("no connection to the broker yet: %s", type(error).__name__)
             await asyncio.sleep(REBUILD_WAIT_S)
 
     def is_up(self) -> bool:

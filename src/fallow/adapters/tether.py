@@ -23,7 +23,7 @@ def bind_to_parent(parent: int, number: int) -> None:
 
 def watch_parent(parent: int, number: int, command: list[str]) -> int:
     """The same where the kernel has no such service: look twice a second."""
-    child = subprocess.Popen(command)
+    child = subprocess.Popen(command, close_fds=False)  # it may have been given descriptors to keep
     for forwarded in (signal.SIGTERM, signal.SIGINT):
         signal.signal(forwarded, lambda received, _: child.send_signal(received))
     while child.poll() is None:

@@ -3,6 +3,7 @@
 import os
 import re
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,9 +12,17 @@ import platformdirs
 from msgspec import Meta
 
 from fallow.adapters.files import make_folder, write_private
-from fallow.model.errors import BadSetting
+from fallow.model.errors import BadFlag, BadSetting
+from fallow.wire import complaint
 
 FILE = "settings.toml"
+KEY_FILE = "key"
+SECRET_FILE = "secret"  # noqa: S105  (a file's name)
+ADDRESS_FILE = "gateway.json"
+"""Where a running gateway writes its address, for the commands on the same machine."""
+LISTEN_DEFAULT = "127.0.0.1:8422"
+LISTEN = re.compile(r"^(\[[0-9a-fA-F:]+\]|[A-Za-z0-9_.-]+):([0-9]{1,5})$")
+PORT_MAX = 65_535
 Port = Annotated[int, Meta(ge=0, le=65535)]
 Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,62}$")]
 
@@ -28,6 +37,7 @@ TEMPLATE = """\
 [hub]
 # Where the broker listens. Anything but this machine itself is an explicit choice: all traffic is readable to whoever
 # can reach it and knows the secret.
+# `fallow up` takes any free port of this machine instead, unless this line is set to something else.
 # listen = "127.0.0.1:8422"
 # A nats-server that runs already; empty: Fallow starts one.
 # broker = ""
@@ -61,7 +71,7 @@ class Organisation(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
 
 class Hub(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    listen: Annotated[str, Meta(pattern=r"^(\[[0-9a-fA-F:]+\]|[A-Za-z0-9_.-]+):[0-9]{1,5}$")] = "127.0.0.1:8422"
+    listen: str = LISTEN_DEFAULT
     broker: str = ""
 
 
@@ -105,10 +115,6 @@ class Caller(msgspec.Struct, frozen=True, kw_only=True):
     api_key: str = ""
 
 
-_AT = re.compile(r" - at `\$\.?([^`]*)`$")
-_UNKNOWN = re.compile(r"^Object contains unknown field `([^`]+)`")
-
-
 def default_data() -> Path:
     """FALLOW_DATA, or the user's data folder."""
     chosen = os.environ.get("FALLOW_DATA")
@@ -133,7 +139,7 @@ def secret_from_environment() -> str:
 def load(data: Path | None, flags: dict[str, Any] | None = None) -> Settings:
     """The settings of a data folder, which is made if need be, with `flags` ("node.slots": 4) over them; None means not given.
 
-    Raises BadSetting naming file, line and what was expected.
+    Raises BadSetting naming file, line and what was expected, or BadFlag.
     """
     folder = make_folder((data or default_data()).expanduser())
     path = folder / FILE
@@ -146,27 +152,28 @@ def load(data: Path | None, flags: dict[str, Any] | None = None) -> Settings:
         raise BadSetting(f"{path}: {error}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise BadSetting(f"{path} can't be read: {error}") from None
-    _convert(document, lambda name: f"{path}, line {line_of(text, name)}")
+    _convert(document, lambda name: f"{path}, line {line_of(text, name)}", BadSetting)
     for name, value in (flags or {}).items():
         if value is not None:
             section, _, key = name.partition(".")
             document.setdefault(section, {})[key] = value
-    settings = _convert(document, lambda name: f"--{name.rpartition('.')[2].replace('_', '-')}")
+    settings = _convert(document, lambda name: f"--{name.rpartition('.')[2].replace('_', '-')}", BadFlag)
     return msgspec.structs.replace(settings, data=folder)
 
 
-def _convert(document: dict[str, Any], where: Any) -> Settings:
+def _convert(document: dict[str, Any], where: Callable[[str], str], fault: type[BadSetting]) -> Settings:
     try:
-        return msgspec.convert({key: value for key, value in document.items() if key != "data"}, Settings)
+        settings = msgspec.convert({key: value for key, value in document.items() if key != "data"}, Settings)
     except msgspec.ValidationError as error:
-        said = str(error)
-        at = _AT.search(said)
-        name = at.group(1) if at else ""
-        message = said[: at.start()] if at else said
-        if unknown := _UNKNOWN.match(message):
-            name = f"{name}.{unknown.group(1)}".lstrip(".")
-            message = "there is no such setting"
-        raise BadSetting(f"{where(name)}: {name}: {message}") from None
+        found = complaint.read(str(error))
+        message = "there is no such setting" if found.kind == "unknown" else found.message
+        raise fault(f"{where(found.path)}: {found.path}: {message}") from None
+    listen = LISTEN.match(settings.hub.listen)
+    if listen is None or int(listen.group(2)) > PORT_MAX:
+        raise fault(f"{where('hub.listen')}: hub.listen: expected HOST:PORT, such as {LISTEN_DEFAULT}, got {settings.hub.listen!r}")
+    if "@" in settings.hub.broker:
+        raise fault(f"{where('hub.broker')}: hub.broker: put the secret into a file (--secret-file), not into the address")
+    return settings
 
 
 def line_of(text: str, name: str) -> int:

@@ -14,9 +14,8 @@ import msgspec
 from fallow.adapters import children
 from fallow.adapters.files import make_folder, only_one
 from fallow.adapters.http_engine import HttpEngine
-from fallow.apps.hub.main import KEY_FILE
 from fallow.apps.run import Ready
-from fallow.apps.settings import Settings, inherited
+from fallow.apps.settings import KEY_FILE, LISTEN_DEFAULT, Settings, inherited
 from fallow.model.errors import EngineFailed, StartFailed
 
 PART_S_MAX = 120.0
@@ -108,7 +107,8 @@ async def _first(*tasks: "asyncio.Task[Any]") -> None:
 
 
 async def _start(settings: Settings, parts: list[Part]) -> tuple[str, str]:
-    broker = ["--broker", settings.hub.broker] if settings.hub.broker else ["--listen", BROKER_ANYWHERE]
+    listen = BROKER_ANYWHERE if settings.hub.listen == LISTEN_DEFAULT else settings.hub.listen
+    broker = ["--broker", settings.hub.broker] if settings.hub.broker else ["--listen", listen]
     parts.append(hub := await start_part(settings, "hub", broker))
     address = await hub.address()
     gateway_flags = ["--hub", address, "--host", settings.gateway.host, "--port", str(settings.gateway.port)]

@@ -8,9 +8,8 @@ import msgspec
 import requests
 
 from fallow.adapters.files import is_held
-from fallow.apps.gateway.address import ADDRESS_FILE
 from fallow.apps.run import complain
-from fallow.apps.settings import caller, default_data
+from fallow.apps.settings import ADDRESS_FILE, KEY_FILE, caller, default_data
 from fallow.model.errors import BadSetting, FallowError, StartFailed
 from fallow.model.views import GatewayStatus, NodeList, NodeView
 from fallow.wire import sse
@@ -18,8 +17,8 @@ from fallow.wire import sse
 CONNECT_S = 3
 ANSWER_S = 600
 PAGE_S = 10
+LOOPBACK = ("http://127.", "http://localhost:", "http://[::1]:")
 TEXT_BYTES_MAX = 1024 * 1024
-KEY_FILE = "key"
 
 
 class Gateway(msgspec.Struct, frozen=True, kw_only=True):
@@ -47,13 +46,13 @@ def find_gateway(data: Path | None, base_url: str) -> Gateway:
     told = caller()
     folder = (data or default_data()).expanduser()
     url = base_url or (told.base_url if data is None else "")
-    key_file = folder / KEY_FILE
-    key = told.api_key or (key_file.read_text().strip() if key_file.exists() else "")
-    if not url:
+    key = told.api_key
+    if not url:  # only the gateway of this data folder gets this data folder's key
         address = folder / ADDRESS_FILE
         if not is_held(folder, "gateway") or not address.exists():
             raise StartFailed("no gateway runs here; start one with `fallow up`, or name one with --base-url")
         url = msgspec.json.decode(address.read_bytes(), type=dict[str, str])["base_url"]
+        key_file = folder / KEY_FILE
         key = key_file.read_text().strip() if key_file.exists() else key
     if not url.startswith(("http://", "https://")):
         raise BadSetting(f"{url!r} should look like http://127.0.0.1:8400/v1")
@@ -64,7 +63,9 @@ def _ask(gateway: Gateway, path: str, body: dict[str, Any] | None = None, *, wit
     headers = {"authorization": f"Bearer {gateway.api_key}"}
     method = "GET" if body is None else "POST"
     try:
-        answer = requests.request(
+        session = requests.Session()
+        session.trust_env = not gateway.root.startswith(LOOPBACK)  # no proxy of the environment for this machine itself
+        answer = session.request(
             method, gateway.root + path, json=body, headers=headers, timeout=(CONNECT_S, within_s), stream=body is not None
         )
     except requests.RequestException as error:
@@ -111,13 +112,15 @@ def _print_stream(answer: requests.Response) -> None:
                 if event == sse.DONE:
                     print()
                     return
+                if not sse.payload(event):
+                    continue
                 fields = msgspec.json.decode(sse.payload(event))
                 if "error" in fields:
                     print()
                     raise StartFailed(fields["error"]["message"])
                 for choice in fields["choices"]:
                     print(choice["delta"].get("content") or "", end="", flush=True)
-    except requests.RequestException:
+    except (requests.RequestException, msgspec.DecodeError, KeyError, TypeError):
         pass
     print()
     raise StartFailed("the answer was cut off")

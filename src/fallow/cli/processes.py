@@ -1,36 +1,37 @@
 """The commands that run processes: settings in, an app's main out."""
 
 import asyncio
+import contextlib
 import functools
 import shutil
 import sys
 import tempfile
+import threading
 from pathlib import Path
 from typing import Any
 
 from fallow.apps.run import complain, run
 from fallow.apps.settings import Settings, load, secret_from_environment
 from fallow.cli.pull import Bar
-from fallow.model.errors import BadSetting, FallowError
+from fallow.model.errors import BadFlag, FallowError
 
 LOOPBACK = ("127.", "localhost:", "[::1]:")
 
 
-def _read(data: Path | None, flags: dict[str, Any]) -> Settings | None:
+def _read(data: Path | None, flags: dict[str, Any], hub: str = "") -> Settings:
+    """The settings; complains and exits if they can't be read: 2 for a wrong flag, 1 for a wrong file."""
     try:
+        if "@" in hub:
+            raise BadFlag("--hub: put the secret into a file (--secret-file), not into the address")
         return load(data, flags)
     except FallowError as error:
         complain(error)
-        return None
-
-
-def _exit_code(settings: Settings | None) -> int:
-    return 1 if settings is None else 0
+        sys.exit(2 if isinstance(error, BadFlag) else 1)
 
 
 def _secret(settings: Settings, secret_file: Path | None) -> str:
     from fallow.adapters.nats_bus import read_secret
-    from fallow.apps.hub.main import SECRET_FILE
+    from fallow.apps.settings import SECRET_FILE
 
     if secret_file is not None:
         return read_secret(secret_file)
@@ -39,26 +40,17 @@ def _secret(settings: Settings, secret_file: Path | None) -> str:
 
 def up(data: Path | None, *, port: int | None, host: str | None, model: str | None, ephemeral: bool, verbose: bool) -> int:
     """`fallow up`."""
-    from fallow.adapters.catalogue import find
-    from fallow.adapters.fetch import fetch
     from fallow.apps.up import run_up
 
     if ephemeral and data is not None:
-        complain(BadSetting("--ephemeral makes a data folder of its own; leave out --data"))
+        complain(BadFlag("--ephemeral makes a data folder of its own; leave out --data"))
         return 2
     temporary = Path(tempfile.mkdtemp(prefix="fallow-")) if ephemeral else None
     try:
         settings = _read(temporary or data, {"gateway.port": port, "gateway.host": host, "node.model": model})
-        if settings is None:
-            return _exit_code(settings)
 
         async def main(until: asyncio.Event) -> None:
-            weights = find(settings.node.model)
-            with Bar(f"{weights.name} ({weights.size_bytes // 10**6} MB, {weights.licence})") as bar:
-                fetching = asyncio.get_running_loop().run_in_executor(
-                    None, functools.partial(fetch, weights, settings.models_folder, progress=bar)
-                )
-                await _or_stop(fetching, until)
+            await _have_weights(settings, until)
             if not until.is_set():
                 await run_up(settings, until, functools.partial(_greet, settings))
 
@@ -68,18 +60,34 @@ def up(data: Path | None, *, port: int | None, host: str | None, model: str | No
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-async def _or_stop(work: "asyncio.Future[Any]", until: asyncio.Event) -> None:
-    """Wait for the work, but not past a request to stop; a thread that fetches can't be stopped, and what it has is kept."""
-    stop = asyncio.ensure_future(until.wait())
-    await asyncio.wait({work, stop}, return_when=asyncio.FIRST_COMPLETED)
-    stop.cancel()
-    if until.is_set() and not work.done():
-        sys.stderr.write("fallow: stopped while fetching; what came is kept\n")
-        sys.stderr.flush()
-        import os
+async def _have_weights(settings: Settings, until: asyncio.Event) -> None:
+    """Fetch the model that this machine lends, but not past a request to stop; raises what `fetch` does."""
+    from fallow.adapters.catalogue import find
+    from fallow.adapters.fetch import fetch
 
-        os._exit(130)
-    await work
+    weights = find(settings.node.model)
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[None] = loop.create_future()
+
+    def work() -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            try:
+                fetch(weights, settings.models_folder, progress=bar)
+            except Exception as error:  # noqa: BLE001  (it is raised again where somebody waits for it)
+                loop.call_soon_threadsafe(done.set_exception, error)
+            else:
+                loop.call_soon_threadsafe(done.set_result, None)
+
+    with Bar(f"{weights.name} ({weights.size_bytes // 10**6} MB, {weights.licence})") as bar:
+        threading.Thread(target=work, daemon=True).start()  # a daemon, so that stopping needn't wait for a slow network
+        stop = asyncio.ensure_future(until.wait())
+        either: list[asyncio.Future[Any]] = [done, stop]
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        stop.cancel()
+    if done.done():
+        done.result()
+    else:
+        sys.stderr.write("fallow: stopped while fetching; what came is kept\n")
 
 
 def _greet(settings: Settings, base_url: str, key: str, node_id: str) -> None:
@@ -110,8 +118,6 @@ def hub(data: Path | None, *, listen: str | None, broker: str | None, secret_fil
     from fallow.apps.hub.main import run_hub
 
     settings = _read(data, {"hub.listen": listen, "hub.broker": broker})
-    if settings is None:
-        return _exit_code(settings)
     if not settings.hub.broker and not settings.hub.listen.startswith(LOOPBACK):
         sys.stderr.write(
             f"fallow: warning: the broker listens on {settings.hub.listen}, not only on this machine; until nodes have identities, "
@@ -131,9 +137,7 @@ def gateway(
     """`fallow gateway`."""
     from fallow.apps.gateway.main import run_gateway
 
-    settings = _read(data, {"gateway.port": port, "gateway.host": host})
-    if settings is None:
-        return _exit_code(settings)
+    settings = _read(data, {"gateway.port": port, "gateway.host": host}, hub)
 
     async def main(until: asyncio.Event) -> None:
         await run_gateway(settings, hub, _secret(settings, secret_file), until, ready_fd)
@@ -154,12 +158,13 @@ def lend(
     """`fallow lend`."""
     from fallow.apps.node.main import run_node
 
-    settings = _read(data, flags)
-    if settings is None:
-        return _exit_code(settings)
+    settings = _read(data, flags, hub)
 
     async def main(until: asyncio.Event) -> None:
-        with Bar(settings.node.model) as bar:
-            await run_node(settings, hub, _secret(settings, secret_file), engine, until, ready_fd, bar)
+        secret = _secret(settings, secret_file)
+        if not engine:
+            await _have_weights(settings, until)
+        if not until.is_set():
+            await run_node(settings, hub, secret, engine, until, ready_fd)
 
     return run(main, verbose=verbose)

@@ -4,7 +4,7 @@ from collections.abc import Collection
 
 import msgspec
 
-from fallow.model.errors import Failure
+from fallow.model.errors import Failure, shortened
 from fallow.model.messages import Request
 
 BODY_BYTES_MAX = 32 * 1024 * 1024
@@ -12,6 +12,13 @@ BODY_BYTES_MAX = 32 * 1024 * 1024
 BODIES_BYTES_MAX = 128 * 1024 * 1024
 """All request bodies that a node holds at once."""
 BUSY_RETRY_AFTER_MS = 2_000
+WAITING_PER_SLOT = 2
+"""How many calls may wait at a node for each slot."""
+LEASE_MS = 15_000
+"""A gateway that says nothing for so long is dead, and its callers are gone."""
+GATEWAY_CALLS_MAX = 2_000
+GATEWAY_BODIES_BYTES_MAX = 256 * 1024 * 1024
+GATEWAY_RETRY_AFTER_MS = 1_000
 
 
 class Desk(msgspec.Struct, frozen=True, kw_only=True):
@@ -29,7 +36,7 @@ def admit(request: Request, desk: Desk, models: Collection[str]) -> Failure | No
     if desk.leaving:
         return Failure(code="leaving", message="the node is leaving the network")
     if request.model not in models:
-        return Failure(code="model_not_here", message=f"the node doesn't offer {request.model!r}")
+        return Failure(code="model_not_here", message=f"the node doesn't offer {shortened(request.model)!r}")
     if request.body_bytes > BODY_BYTES_MAX:
         return Failure(code="body_too_large", message=f"a body of {request.body_bytes} bytes is over the limit of {BODY_BYTES_MAX}")
     if not 0 <= len(request.body) <= request.body_bytes:
@@ -38,4 +45,20 @@ def admit(request: Request, desk: Desk, models: Collection[str]) -> Failure | No
         return Failure(code="busy", message="all slots and queue places of the node are taken", retry_after_ms=BUSY_RETRY_AFTER_MS)
     if desk.bodies_bytes + request.body_bytes > BODIES_BYTES_MAX:
         return Failure(code="busy", message="the node holds too many request bodies", retry_after_ms=BUSY_RETRY_AFTER_MS)
+    return None
+
+
+def is_abandoned(leased_at_ms: int, *, now_ms: int) -> bool:
+    """Whether the gateway that asked for an attempt has died."""
+    return now_ms - leased_at_ms > LEASE_MS
+
+
+def admit_call(*, calls: int, bodies_bytes: int, size: int) -> Failure | None:
+    """None if a gateway that answers `calls` and holds `bodies_bytes` takes one more call with a body of `size`."""
+    if calls >= GATEWAY_CALLS_MAX:
+        text = f"this gateway already answers {GATEWAY_CALLS_MAX} calls"
+        return Failure(code="too_many_calls", message=text, retry_after_ms=GATEWAY_RETRY_AFTER_MS)
+    if bodies_bytes + size > GATEWAY_BODIES_BYTES_MAX:
+        text = f"this gateway already holds {bodies_bytes} bytes of request bodies"
+        return Failure(code="too_many_calls", message=text, retry_after_ms=GATEWAY_RETRY_AFTER_MS)
     return None

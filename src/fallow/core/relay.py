@@ -13,6 +13,8 @@ ACCEPT_MS = 1_000
 SILENCE_MS = 3_000
 FIRST_MS_MIN = 30_000
 FIRST_FACTOR = 3
+WHOLE_MS_MAX = 30 * 60_000
+"""An answer that is held until it is whole has no first token to wait for; silence and the engine's own watch bound it before that."""
 
 Phase = Literal["asked", "accepted", "answering", "done"]
 
@@ -40,6 +42,13 @@ class Unheard(msgspec.Struct, frozen=True):
 
 class Tick(msgspec.Struct, frozen=True):
     """Time went by."""
+
+
+class Broken(msgspec.Struct, frozen=True, kw_only=True):
+    """The node sent what no node may send."""
+
+    code: str = "answer_malformed"
+    message: str = "the node sent a message that can't be read"
 
 
 class CallerLeft(msgspec.Struct, frozen=True):
@@ -76,19 +85,20 @@ class Stop(msgspec.Struct, frozen=True):
     """Tell the node that nobody waits for it."""
 
 
-Event = Accepted | Alive | Part | Final | Unheard | Tick | CallerLeft | BusLost
+Event = Accepted | Alive | Part | Final | Unheard | Tick | Broken | CallerLeft | BusLost
 Effect = Deliver | Finish | Fail | Stop
 
 
 def ask(*, now_ms: int, first_token_in_ms: int, keeps: bool) -> Relay:
     """An attempt that was just sent; `first_token_in_ms` is the quote's prediction."""
-    return Relay(heard_at_ms=now_ms, first_by_ms=now_ms + max(FIRST_MS_MIN, FIRST_FACTOR * first_token_in_ms), keeps=keeps)
+    first_ms = WHOLE_MS_MAX if keeps else max(FIRST_MS_MIN, FIRST_FACTOR * first_token_in_ms)
+    return Relay(heard_at_ms=now_ms, first_by_ms=now_ms + first_ms, keeps=keeps)
 
 
 def step(relay: Relay, event: Event, *, now_ms: int) -> tuple[Relay, tuple[Effect, ...]]:
     """What an event does to an attempt."""
     match relay.phase, event:
-        case "done", Accepted() | Alive() | Part() | Final() | Unheard() | Tick() | CallerLeft() | BusLost():
+        case "done", Accepted() | Alive() | Part() | Final() | Unheard() | Tick() | Broken() | CallerLeft() | BusLost():
             return relay, ()  # late parts of a dead attempt
         case "asked" | "accepted", Accepted() | Alive():
             return replace(relay, phase="accepted", heard_at_ms=now_ms), ()
@@ -100,7 +110,7 @@ def step(relay: Relay, event: Event, *, now_ms: int) -> tuple[Relay, tuple[Effec
             return _end(relay, event, now_ms)
         case "asked" | "accepted" | "answering", Unheard():
             return _fail(relay, "node_unreachable", "the node left the network")
-        case "asked" | "accepted" | "answering", BusLost():
+        case "asked" | "accepted" | "answering", BusLost() | Broken():
             return _fail(relay, event.code, event.message)
         case "asked" | "accepted" | "answering", CallerLeft():
             return replace(relay, phase="done"), (Stop(),)
@@ -116,6 +126,8 @@ def _take(relay: Relay, part: Part | Final, now_ms: int) -> tuple[Relay, tuple[E
         return relay, ()
     if part.index > relay.next_index:
         return _fail(relay, "answer_gap", "a part of the answer got lost on the way")
+    if part.index == 0 and part.head is None:
+        return _fail(relay, "answer_malformed", "the answer began without its head")
     relay = replace(relay, phase="answering", heard_at_ms=now_ms, next_index=part.index + 1)
     return relay, (Deliver(part.data, part.head),)
 

@@ -6,9 +6,18 @@ ATTEMPTS_MAX = 3
 ENGINE_FAULTS_MAX = 2
 """A call that kills engines must not walk through the whole network."""
 
-NODE_FAULTS = frozenset(
-    {"node_unreachable", "node_silent", "node_too_slow", "answer_gap", "busy", "leaving", "model_loading", "model_not_here"}
-)
+GONE = frozenset({"node_unreachable", "leaving"})
+"""The node isn't there any more; its next heartbeat brings it back."""
+NODE_FAULTS = GONE | {
+    "node_silent",
+    "node_too_slow",
+    "answer_gap",
+    "answer_malformed",
+    "body_lost",
+    "busy",
+    "model_loading",
+    "model_not_here",
+}
 ENGINE_FAULTS = frozenset({"engine_failed", "engine_stalled"})
 
 
@@ -19,3 +28,8 @@ def try_elsewhere(failures: tuple[Failure, ...], *, started: bool) -> bool:
     if sum(f.code in ENGINE_FAULTS for f in failures) >= ENGINE_FAULTS_MAX:
         return False
     return failures[-1].code in NODE_FAULTS | ENGINE_FAULTS
+
+
+def is_gone(failure: Failure) -> bool:
+    """Whether the failure means that the node left."""
+    return failure.code in GONE

@@ -34,6 +34,17 @@ def hear(member: Member | None, beat: Heartbeat, *, now_ms: int) -> Member:
     return Member(sequence=beat.sequence, heard_at_ms=now_ms, state=beat.state, card=card, offers=offers, loads=beat.loads)
 
 
+def is_consistent(beat: Heartbeat) -> bool:
+    """Whether card and offers name the node that sends them."""
+    named = [offer.node_id for offer in beat.offers or ()] + ([beat.card.node_id] if beat.card is not None else [])
+    return all(node_id == beat.node_id for node_id in named)
+
+
+def elsewhere(offer: Offer, load: Load, *, ours_at_beat: int) -> int:
+    """What the node ran for others when it last said how busy it was."""
+    return max(0, offer.slots - load.slots_free + load.waiting - ours_at_beat)
+
+
 def is_stranger(member: Member) -> bool:
     """Whether we must ask the node for its card before it can get work."""
     return member.card is None

@@ -7,6 +7,7 @@ CONTEXT_TOKENS_MAX = 8_192
 MEMORY_SHARE = 0.5
 """The part of the free memory that one engine may take."""
 OVERHEAD_BYTES = 200 * 1024 * 1024
+CONTEXT_TOKENS_MIN = 512
 BATCH_TOKENS = 128
 """A long prefill freezes the other streams for one batch; 128 keeps that under a second or two on a home CPU."""
 
@@ -29,7 +30,7 @@ def size_engine(
     """
     room = int(memory_free_bytes * MEMORY_SHARE) - weights_bytes - OVERHEAD_BYTES
     context = min(context_tokens, CONTEXT_TOKENS_MAX, max(0, room) // max(1, kv_bytes_per_token))
-    if context < 512:
+    if context < CONTEXT_TOKENS_MIN:
         return None
-    slots = max(1, min(SLOTS_MAX, context // 512))
+    slots = max(1, min(SLOTS_MAX, context // CONTEXT_TOKENS_MIN))
     return EngineSize(threads=max(1, cores_physical - 1), slots=slots, context_tokens=context)

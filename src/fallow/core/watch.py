@@ -12,6 +12,7 @@ HEALTHY_MS = 300_000
 STALL_MS = 30_000
 LOAD_MS_BASE = 120_000
 LOAD_MS_PER_GIB = 20_000
+STOP_MS = 5_000
 GIVE_UP_FAULTS = 8
 """After this many faults in a row the offer is called failed; it is still tried, at the longest back-off."""
 
@@ -26,7 +27,6 @@ class Watch(msgspec.Struct, frozen=True, kw_only=True):
     since_ms: int = 0
     until_ms: int = 0
     faults: int = 0
-    wanted: bool = False
     loaded_in_ms: int | None = None
     stall_ms: int = STALL_MS
 
@@ -57,7 +57,7 @@ class Launch(msgspec.Struct, frozen=True):
 class Kill(msgspec.Struct, frozen=True):
     """End the process at once."""
 
-    why: Literal["stalled", "load_too_long"]
+    why: Literal["stalled", "load_too_long", "not_stopped"]
 
 
 Event = Wanted | Loaded | Exited | Tick
@@ -70,7 +70,7 @@ def step(watch: Watch, event: Event, *, now_ms: int) -> tuple[Watch, tuple[Effec
         case "cold", Wanted():
             return _launch(watch, now_ms)
         case "loading" | "ready" | "stopping" | "backing_off", Wanted():
-            return replace(watch, wanted=True), ()
+            return watch, ()
         case "loading", Loaded():
             return replace(watch, phase="ready", since_ms=now_ms, loaded_in_ms=now_ms - watch.since_ms), ()
         case "cold" | "ready" | "stopping" | "backing_off", Loaded():
@@ -83,6 +83,8 @@ def step(watch: Watch, event: Event, *, now_ms: int) -> tuple[Watch, tuple[Effec
             return replace(watch, phase="stopping", since_ms=now_ms), (Kill("load_too_long"),)
         case "ready", Tick() if _is_stalled(watch, event, now_ms):
             return replace(watch, phase="stopping", since_ms=now_ms), (Kill("stalled"),)
+        case "stopping", Tick() if now_ms - watch.since_ms > STOP_MS:
+            return replace(watch, since_ms=now_ms), (Kill("not_stopped"),)
         case "backing_off", Tick() if now_ms >= watch.until_ms:
             return _launch(watch, now_ms)
         case "cold" | "loading" | "ready" | "stopping" | "backing_off", Tick():
@@ -96,7 +98,7 @@ def _is_stalled(watch: Watch, tick: Tick, now_ms: int) -> bool:
 
 def _launch(watch: Watch, now_ms: int) -> tuple[Watch, tuple[Effect, ...]]:
     load_ms = LOAD_MS_BASE + LOAD_MS_PER_GIB * watch.weights_bytes // 2**30
-    return replace(watch, phase="loading", since_ms=now_ms, until_ms=now_ms + load_ms, wanted=True), (Launch(),)
+    return replace(watch, phase="loading", since_ms=now_ms, until_ms=now_ms + load_ms), (Launch(),)
 
 
 def _back_off(watch: Watch, now_ms: int) -> Watch:
@@ -131,3 +133,8 @@ def progress(watch: Watch, *, now_ms: int) -> float | None:
 def load_guess_ms(weights_bytes: int) -> int:
     """A first guess: the start of a process, and reading the weights at 200 MB/s."""
     return 1_000 + weights_bytes // 200_000
+
+
+def is_failed(watch: Watch) -> bool:
+    """Whether the engine failed so often in a row that no call should wait for it."""
+    return watch.faults >= GIVE_UP_FAULTS and watch.phase != "ready"

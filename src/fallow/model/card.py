@@ -1,20 +1,26 @@
 """What a node says it is."""
 
+from typing import Annotated
+
 import msgspec
+from msgspec import Meta
 
 from fallow.model.ids import NodeId, OrgId
 from fallow.model.needs import HardwareKind, Isolation, Ring
+
+Word = Annotated[str, Meta(pattern=r"^[ -~]{1,64}$")]
+"""Printable ASCII: it goes into headers."""
 
 
 class Hardware(msgspec.Struct, frozen=True, kw_only=True):
     """The machine's class. `isa` names the instruction set that engines use, such as `x86_64-avx2`."""
 
     kind: HardwareKind
-    isa: str
-    cores: int
-    memory_bytes: int
+    isa: Word
+    cores: Annotated[int, Meta(ge=1, le=100_000)]
+    memory_bytes: Annotated[int, Meta(ge=0)]
     memory_bytes_per_s: int | None = None
-    gpu: str | None = None
+    gpu: Word | None = None
 
     def summary(self) -> str:
         """A few words for headers and tables."""
@@ -30,6 +36,6 @@ class Card(msgspec.Struct, frozen=True, kw_only=True):
     expires_at_ms: int
     hardware: Hardware
     isolation: Isolation
-    region: str
+    region: Word
     serves: frozenset[Ring]
     signature: bytes = b""

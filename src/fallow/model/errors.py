@@ -4,6 +4,16 @@ from typing import ClassVar
 
 import msgspec
 
+MESSAGE_MAX = 2_000
+PARAM_MAX = 200
+NAME_MAX = 200
+
+
+def shortened(text: str, limit: int = NAME_MAX) -> str:
+    """A text from outside, short enough to be said back, and on one line."""
+    plain = text if text.isprintable() else "".join(c if c.isprintable() else "\ufffd" for c in text[: limit + 1])
+    return plain if len(plain) <= limit else plain[:limit] + "…"
+
 
 class Failure(msgspec.Struct, frozen=True, kw_only=True):
     """A refusal or a fault as a value: it travels over the wire and becomes an HTTP error at the gateway.
@@ -25,9 +35,10 @@ class FallowError(Exception):
     code: ClassVar[str] = "internal_error"
 
     def __init__(self, message: str, *, param: str | None = None, retry_after_ms: int | None = None) -> None:
+        message = shortened(message, MESSAGE_MAX)
         super().__init__(message)
         self.message = message
-        self.param = param
+        self.param = None if param is None else shortened(param, PARAM_MAX)
         self.retry_after_ms = retry_after_ms
 
     def failure(self) -> Failure:
@@ -65,16 +76,22 @@ class EngineFailed(FallowError):
     code = "engine_failed"
 
 
+class BodyLost(FallowError):
+    """The rest of a request's body did not come to the node."""
+
+    code = "body_lost"
+
+
+class CallerTooSlow(FallowError):
+    """The caller doesn't read the answer."""
+
+    code = "caller_too_slow"
+
+
 class EngineStalled(FallowError):
     """The engine lives but made no progress for too long."""
 
     code = "engine_stalled"
-
-
-class ModelLoading(FallowError):
-    """The engine is still loading the model."""
-
-    code = "model_loading"
 
 
 class BrokerLost(FallowError):
@@ -93,6 +110,10 @@ class BadSetting(FallowError):
     """A value in the settings file or a flag is wrong; the text names file, line and what was expected."""
 
     code = "bad_setting"
+
+
+class BadFlag(BadSetting):
+    """A flag on the command line is wrong."""
 
 
 class AlreadyRunning(FallowError):

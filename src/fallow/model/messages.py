@@ -4,9 +4,10 @@ Messages are arrays on the wire: a newer minor version may add fields at the end
 `seal` and `signature` are room for what a later version puts there; they are empty today.
 """
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
+from msgspec import Meta
 
 from fallow.model.call import Grant
 from fallow.model.card import Card
@@ -15,6 +16,8 @@ from fallow.model.ids import AttemptId, CallId, GatewayId, KeyId, NodeId, OrgId
 from fallow.model.offer import Load, Offer
 from fallow.model.receipt import Usage
 
+OFFERS_MAX = 64
+"""What one node may offer."""
 NodeState = Literal["run", "throttle", "pause", "leave"]
 
 
@@ -83,9 +86,9 @@ class Accepted(Message, frozen=True, kw_only=True, array_like=True, tag=7):
 class Head(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     """The start of the engine's HTTP answer. `engine_us` is the time from asking the engine to what is sent first."""
 
-    status: int
-    content_type: str
-    engine_us: int
+    status: Annotated[int, Meta(ge=200, le=599)]
+    content_type: Annotated[str, Meta(pattern=r"^[ -~]{1,128}$")]
+    engine_us: Annotated[int, Meta(ge=0)]
 
 
 class Part(Message, frozen=True, kw_only=True, array_like=True, tag=8):
@@ -120,9 +123,9 @@ class Heartbeat(Message, frozen=True, kw_only=True, array_like=True, tag=11):
     sequence: int
     state: NodeState
     card_sequence: int
-    loads: tuple[Load, ...]
+    loads: Annotated[tuple[Load, ...], Meta(max_length=OFFERS_MAX)]
     card: Card | None = None
-    offers: tuple[Offer, ...] | None = None
+    offers: Annotated[tuple[Offer, ...], Meta(max_length=OFFERS_MAX)] | None = None
     signature: bytes = b""
 
 

@@ -1,16 +1,21 @@
 """What was done, signed by node and gateway."""
 
+from typing import Annotated
+
 import msgspec
+from msgspec import Meta
 
 from fallow.model.ids import AttemptId, CallId, GatewayId, NodeId, TabId
+
+Tokens = Annotated[int, Meta(ge=0, le=2**40)]
 
 
 class Usage(msgspec.Struct, frozen=True, kw_only=True):
     """Tokens of one answer. `cached_tokens` is the part of the prompt that the engine still knew."""
 
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    output_tokens: int = 0
+    prompt_tokens: Tokens = 0
+    cached_tokens: Tokens = 0
+    output_tokens: Tokens = 0
 
 
 class Receipt(msgspec.Struct, frozen=True, kw_only=True):

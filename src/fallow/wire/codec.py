@@ -6,6 +6,7 @@ import msgspec
 
 from fallow.model import messages as m
 from fallow.model.errors import WireError
+from fallow.wire import subjects
 from fallow.wire.subjects import PAYLOAD_BYTES_MAX
 
 MAJOR = 1
@@ -27,11 +28,14 @@ def encode(message: m.Message) -> bytes:
 class Reader(Generic[T]):
     """Reads the messages of one subject."""
 
-    def __init__(self, kind: type[T]) -> None:
+    def __init__(self, kind: type[T], subject: subjects.Subject) -> None:
         self._decoder = msgspec.msgpack.Decoder(kind)
+        self._bytes_max = subject.payload_bytes_max
 
     def read(self, data: bytes) -> T:
         """The message; raises WireError for another major version or anything that isn't what the subject carries."""
+        if len(data) > self._bytes_max:
+            raise WireError(f"a message of {len(data)} bytes is over the subject's {self._bytes_max}")
         if not data or data[0] != MAJOR:
             spoken = data[0] if data else "nothing"
             raise WireError(f"the message speaks version {spoken}, this side version {MAJOR}; update the older one")
@@ -42,10 +46,10 @@ class Reader(Generic[T]):
 
 
 # A union type isn't a `type[...]` to the checker, though msgspec takes it.
-to_node: Reader[m.ToNode] = Reader(m.ToNode)  # type: ignore[arg-type]
-to_gateway: Reader[m.ToGateway] = Reader(m.ToGateway)  # type: ignore[arg-type]
-request = Reader(m.Request)
-body_part = Reader(m.BodyPart)
-heartbeat = Reader(m.Heartbeat)
-key_query = Reader(m.KeyQuery)
-key_answer = Reader(m.KeyAnswer)
+to_node: Reader[m.ToNode] = Reader(m.ToNode, subjects.CONTROL)  # type: ignore[arg-type]
+to_gateway: Reader[m.ToGateway] = Reader(m.ToGateway, subjects.ANSWER)  # type: ignore[arg-type]
+request = Reader(m.Request, subjects.REQUEST)
+body_part = Reader(m.BodyPart, subjects.BODY)
+heartbeat = Reader(m.Heartbeat, subjects.HEARTBEAT)
+key_query = Reader(m.KeyQuery, subjects.KEY)
+key_answer = Reader(m.KeyAnswer, subjects.KEY)

@@ -1,5 +1,6 @@
 """What a caller may ask of a llama.cpp engine: an allow-list, checked, and put into the form that the engine needs."""
 
+import re
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -91,6 +92,9 @@ _decoders: dict[str, msgspec.json.Decoder[Any]] = {
 _OURS = frozenset({"stream", "stream_options", "user", "service_tier", "store", "metadata", "max_completion_tokens", "messages"})
 
 
+_CONTROL = re.compile(r"<\|(?=[A-Za-z0-9_]{1,40}\|>)")
+
+
 class EngineRequest(msgspec.Struct, frozen=True, kw_only=True):
     """A request as the engine gets it, and what of the caller's wishes concerns the answer's form."""
 
@@ -136,9 +140,42 @@ def _response_format(wanted: ResponseFormat) -> dict[str, Any]:
         raise InvalidRequest("response_format.json_schema is required", param="response_format.json_schema")
     if len(msgspec.json.encode(wanted.json_schema.schema)) > SCHEMA_BYTES_MAX:
         raise InvalidRequest(f"the schema is over {SCHEMA_BYTES_MAX} bytes", param="response_format.json_schema.schema")
+    keyword = ignored_keyword(wanted.json_schema.schema)
+    if keyword is not None:
+        raise InvalidRequest(
+            f"schemas with {keyword!r} can't be enforced by this model's engine", param="response_format.json_schema.schema"
+        )
     return {"type": "json_schema", "json_schema": {"name": wanted.json_schema.name, "schema": wanted.json_schema.schema}}
 
 
 def text_of(content: str | list[TextPart]) -> str:
-    """A message's content as one text."""
-    return content if isinstance(content, str) else "".join(part.text for part in content)
+    """A message's content as one text, in which nothing is a control token: else a user could speak as the system."""
+    text = content if isinstance(content, str) else "".join(part.text for part in content)
+    return _CONTROL.sub("<\u200b|", text) if "<|" in text else text
+
+
+_IGNORED = frozenset(
+    {"not", "uniqueItems", "multipleOf", "if", "then", "else", "contains", "propertyNames", "patternProperties", "dependentSchemas"}
+)
+_NAMED = ("properties", "$defs", "definitions")
+
+
+def ignored_keyword(schema: object) -> str | None:
+    """The first keyword of a JSON schema that llama.cpp would pass over in silence, so that answers needn't fit it."""
+    waiting = [schema]
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, list):
+            waiting += part
+        if not isinstance(part, dict):
+            continue
+        for keyword, value in part.items():
+            if keyword in _IGNORED:
+                return str(keyword)
+            if keyword == "pattern" and not (isinstance(value, str) and value.startswith("^") and value.endswith("$")):
+                return "pattern without ^ and $"
+            if keyword in _NAMED and isinstance(value, dict):
+                waiting += value.values()
+            elif keyword not in ("enum", "const", "default", "examples"):
+                waiting.append(value)
+    return None

@@ -1,11 +1,11 @@
 """OpenAI's HTTP API as Fallow reads it: what the gateway needs of a body, and the shape of its errors."""
 
-import re
 from typing import Any, Literal
 
 import msgspec
 
-from fallow.model.errors import Failure, InvalidRequest
+from fallow.model.errors import Failure, InvalidRequest, shortened
+from fallow.wire import complaint
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
@@ -72,9 +72,6 @@ class ModelList(msgspec.Struct, frozen=True, kw_only=True):
 
 
 _head = msgspec.json.Decoder(CallHead)
-_AT = re.compile(r" - at `\$\.?([^`]*)`$")
-_MISSING = re.compile(r"^Object missing required field `([^`]+)`")
-_UNKNOWN = re.compile(r"^Object contains unknown field `([^`]+)`")
 
 
 def read_head(body: bytes) -> CallHead:
@@ -101,16 +98,12 @@ def decode(decoder: "msgspec.json.Decoder[Any]", body: bytes) -> Any:
 
 def invalid(text: str) -> InvalidRequest:
     """A validation error of msgspec, with the field's path as `param`."""
-    at = _AT.search(text)
-    path = at.group(1) if at else ""
-    message = text[: at.start()] if at else text
-    if found := _MISSING.match(message):
-        param = f"{path}.{found.group(1)}".lstrip(".")
-        return InvalidRequest(f"{param} is required", param=param)
-    if found := _UNKNOWN.match(message):
-        param = f"{path}.{found.group(1)}".lstrip(".")
-        return InvalidRequest(f"{param} is not a parameter that this model's engine takes", param=param)
-    return InvalidRequest(f"{path}: {message}" if path else message, param=path or None)
+    found = complaint.read(text)
+    if found.kind == "missing":
+        return InvalidRequest(f"{found.path} is required", param=found.path)
+    if found.kind == "unknown":
+        return InvalidRequest(f"{shortened(found.path)} is not a parameter that this model's engine takes", param=found.path)
+    return InvalidRequest(f"{found.path}: {found.message}" if found.path else found.message, param=found.path or None)
 
 
 def error_body(failure: Failure, kind: str) -> bytes:

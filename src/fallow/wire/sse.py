@@ -5,7 +5,7 @@ from fallow.model.errors import WireError
 EVENT_BYTES_MAX = 4 * 1024 * 1024
 DONE = b"data: [DONE]\n\n"
 _END = b"\n\n"
-_DATA = b"data: "
+_FIELD = b"data:"
 
 
 class EventCutter:
@@ -17,6 +17,9 @@ class EventCutter:
     def feed(self, chunk: bytes) -> list[bytes]:
         """The events that `chunk` completes; raises WireError if one grows beyond its limit."""
         buffer = self._rest + chunk if self._rest else chunk
+        if b"\r" in buffer:  # some servers end their lines so; a lone one at the end waits for its companion
+            whole = buffer[:-1] if buffer.endswith(b"\r") else buffer
+            buffer = whole.replace(b"\r\n", b"\n") + buffer[len(whole) :]
         events: list[bytes] = []
         start = 0
         while (end := buffer.find(_END, start)) >= 0:
@@ -27,17 +30,12 @@ class EventCutter:
             raise WireError(f"an event of the engine is over {EVENT_BYTES_MAX} bytes")
         return events
 
-    @property
-    def rest(self) -> bytes:
-        """What came after the last whole event."""
-        return self._rest
-
 
 def payload(event: bytes) -> bytes:
     """The JSON of a `data:` event; empty for a comment or anything else."""
-    return event[len(_DATA) : -2] if event.startswith(_DATA) else b""
+    return event[len(_FIELD) : -2].strip() if event.startswith(_FIELD) else b""
 
 
 def event(data: bytes) -> bytes:
     """An event around one line of JSON."""
-    return _DATA + data + _END
+    return b"data: " + data + _END

@@ -168,8 +168,8 @@ class HttpCaller:
         return status
 
     async def _start(self, status: int, content_type: str, headers: list[tuple[bytes, bytes]], size: int | None) -> None:
-        self.status = status
         headers.append((b"content-type", content_type.encode("latin-1")))
+        self.status = status
         if size is not None:
             headers.append((b"content-length", b"%d" % size))
         elif content_type.startswith("text/event-stream"):

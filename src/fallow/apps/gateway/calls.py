@@ -13,7 +13,7 @@ from fallow.apps.gateway.metrics import Metrics
 from fallow.apps.gateway.roster import Roster
 from fallow.core import relay
 from fallow.core.match.decide import match
-from fallow.core.retry import try_elsewhere
+from fallow.core.retry import is_gone, try_elsewhere
 from fallow.model import messages as m
 from fallow.model.call import Attempt, Call
 from fallow.model.errors import BrokerLost, Failure
@@ -88,7 +88,7 @@ class Calls:
                 return outcome
             failures = (*failures, outcome.failure)
             self._metrics.attempt_failed(outcome.failure.code)
-            if outcome.failure.code in ("node_unreachable", "leaving"):
+            if is_gone(outcome.failure):
                 self._roster.forget(last)
             if not try_elsewhere(failures, started=outcome.started):
                 return outcome
@@ -117,7 +117,7 @@ class Calls:
                 helper.cancel()
             self._roster.ended(place.node_id, call.needs.model)
             self._exchange.close(conversation)
-            if conversation.relay.phase != "done":  # we were cancelled
+            if not conversation.is_over:  # we were cancelled
                 await self._exchange.stop(attempt)
 
     async def _relay(self, call: Call, conversation: Conversation, caller: Caller, origin: Origin) -> Outcome:
@@ -134,8 +134,9 @@ class Calls:
                     if not call.stream:
                         held.append(data)
                         if sum(map(len, held)) > ANSWER_BYTES_MAX:
-                            conversation.hear(relay.CallerLeft())
-                            return self._ended(origin, Failure(code="engine_failed", message="the answer is too long"), started=False)
+                            text = f"the answer is over {ANSWER_BYTES_MAX} bytes; stream it"
+                            conversation.hear(relay.Broken(code="answer_too_long", message=text))
+                            continue
                     elif data:
                         await caller.write(data)
                     await self._exchange.took(conversation, len(data))

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from fallow.model.errors import Failure
+from fallow.model.errors import Failure, shortened
 from fallow.model.quote import Refuse
 
 
@@ -38,11 +38,16 @@ TABLE: dict[str, Status] = {
     "engine_failed": Status(502, "server_error"),
     "engine_stalled": Status(502, "server_error"),
     "answer_gap": Status(502, "server_error"),
+    "answer_malformed": Status(502, "server_error"),
+    "answer_too_long": Status(502, "server_error"),
+    "body_lost": Status(502, "server_error"),
+    "caller_too_slow": Status(408, "invalid_request_error"),
     "stream_interrupted": Status(502, "server_error"),
     "node_silent": Status(504, "server_error"),
     "node_too_slow": Status(504, "server_error"),
     "internal_error": INTERNAL,
 }
+MODELS_NAMED_MAX = 20
 RETRY_AFTER_MS = 2_000
 """For a 503 that doesn't know better."""
 _PASSING = frozenset({"no_nodes", "engine_failed", "already_tried", "offer_expired"})
@@ -62,8 +67,8 @@ def retry_after_s(failure: Failure) -> int | None:
 def refused(refusal: Refuse, model: str) -> Failure:
     """What matching refused, as the caller hears it."""
     if refusal.limit == "model_not_offered":
-        there = ", ".join(refusal.models[:20]) or "none"
-        text = f"the model {model!r} is not offered here; offered now: {there}"
+        there = ", ".join(refusal.models[:MODELS_NAMED_MAX]) or "none"
+        text = f"the model {shortened(model)!r} is not offered here; offered now: {there}"
         return Failure(code="model_not_found", message=text, param="model")
     counts = ", ".join(f"{count} by {limit}" for limit, count in refusal.counts)
     text = f"no node can take this call: {refusal.lifted_by}" + (f" (offers stopped: {counts})" if counts else "")

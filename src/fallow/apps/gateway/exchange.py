@@ -31,8 +31,13 @@ class Conversation:
         self._wake: asyncio.Future[None] | None = None
         self.granted_bytes = credit.ANSWER_WINDOW_BYTES
         self.taken_bytes = 0
+        self.received_bytes = 0
         self.body_until = 0
         self.body_room = asyncio.Event()
+
+    @property
+    def is_over(self) -> bool:
+        return self.relay.phase == "done"
 
     def hear(self, event: relay.Event) -> None:
         """Something happened to this attempt."""
@@ -45,7 +50,7 @@ class Conversation:
     async def next(self) -> relay.Effect | None:
         """The next thing to do; None when all is done. The caller must have taken what came before."""
         while not self._effects:
-            if self.relay.phase == "done":
+            if self.is_over:
                 return None
             self._wake = asyncio.get_running_loop().create_future()
             await self._wake
@@ -100,12 +105,12 @@ class Exchange:
         """Send the rest of a body as the node grants it; returns when it is out or the attempt is over."""
         attempt = conversation.attempt
         subject = subjects.body(attempt.node_id, attempt.id)
-        while start < len(body) and conversation.relay.phase != "done":
+        while start < len(body) and not conversation.is_over:
             spans = credit.parts(len(body), start=start, until=conversation.body_until, part_max=subjects.PART_BYTES_MAX)
             for begin, end in spans:
                 await self._bus.publish(subject, codec.encode(m.BodyPart(offset=begin, data=body[begin:end])))
                 start = end
-            if start < len(body):
+            while start < len(body) and start >= conversation.body_until and not conversation.is_over:
                 conversation.body_room.clear()
                 await conversation.body_room.wait()
 
@@ -113,7 +118,7 @@ class Exchange:
         """The caller has these bytes: let the node send more when it's worth a message."""
         conversation.taken_bytes += size
         until = credit.more(conversation.granted_bytes, conversation.taken_bytes, window=credit.ANSWER_WINDOW_BYTES)
-        if until is not None and conversation.relay.phase != "done":
+        if until is not None and not conversation.is_over:
             conversation.granted_bytes = until
             await self._tell(conversation.attempt.node_id, m.Credit(attempt_id=conversation.attempt.id, until_bytes=until))
 
@@ -137,8 +142,14 @@ class Exchange:
         try:
             message = codec.to_gateway.read(delivery.data)
         except WireError as error:
-            log.warning("an answer's part was dropped: %s", error)
-            return  # the gap shows at the next part
+            log.warning("an answer can't be read: %s", error)
+            conversation.hear(relay.Broken())
+            return
+        if isinstance(message, m.Part | m.Final):
+            conversation.received_bytes += len(message.data)
+            if conversation.received_bytes > conversation.granted_bytes + subjects.PART_BYTES_MAX:
+                conversation.hear(relay.Broken(message="the node sent more than it was granted"))
+                return
         if isinstance(message, m.Credit):
             conversation.body_until = max(conversation.body_until, message.until_bytes)
             conversation.body_room.set()

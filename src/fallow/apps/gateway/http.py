@@ -10,6 +10,7 @@ from fallow.apps.gateway.calls import Calls
 from fallow.apps.gateway.keys import Keys
 from fallow.apps.gateway.metrics import Metrics
 from fallow.apps.gateway.roster import Roster
+from fallow.core.admit import admit_call
 from fallow.model.call import Call, Grant
 from fallow.model.errors import Failure, FallowError
 from fallow.model.ids import GatewayId
@@ -17,8 +18,6 @@ from fallow.model.needs import Needs, ServiceTier
 from fallow.ports import Clock
 from fallow.wire import openai
 
-CALLS_MAX = 2_000
-BODIES_BYTES_MAX = 256 * 1024 * 1024
 CALL_PATHS = frozenset({openai.CHAT, openai.COMPLETIONS})
 TIERS: dict[openai.Tier, ServiceTier] = {
     "auto": "default",
@@ -74,22 +73,22 @@ class Api:
         if path == openai.MODELS:
             return await http.reply(200, self._models()) if method == "GET" else await http.fail(_method(method, "GET"))
         if path.startswith(openai.MODELS + "/"):
+            if method != "GET":
+                return await http.fail(_method(method, "GET"))
             return await self._model(http, path.removeprefix(openai.MODELS + "/"))
         return await http.fail(Failure(code="unknown_path", message=f"there is no {path[:200]}; see /openapi.json for what there is"))
 
     async def _call(self, http: HttpCaller, grant: Grant) -> int:
-        if self.calls_now >= CALLS_MAX:
-            text = f"this gateway already answers {CALLS_MAX} calls"
-            return await http.fail(Failure(code="too_many_calls", message=text, retry_after_ms=1_000))
+        size = http.incoming.declared_bytes()
+        refusal = admit_call(calls=self.calls_now, bodies_bytes=self._bodies_bytes, size=size)
+        if refusal is not None:
+            return await http.fail(refusal)
         self.calls_now += 1
-        size = 0
+        self._bodies_bytes += size
         try:
-            size = http.incoming.declared_bytes()
-            if self._bodies_bytes + size > BODIES_BYTES_MAX:
-                text = "the gateway holds too many request bodies"
-                return await http.fail(Failure(code="too_many_calls", message=text, retry_after_ms=1_000))
-            self._bodies_bytes += size
             body = await http.incoming.body()
+            self._bodies_bytes -= size - len(body)
+            size = len(body)
             call = self._read(http, grant, body)
             http.outcome = outcome = await self._calls.run(call, body, http)
             if outcome.failure is not None:

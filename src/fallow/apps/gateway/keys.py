@@ -1,5 +1,6 @@
 """Whose API key is this? Asked of the hub once, then remembered."""
 
+import asyncio
 import hashlib
 from collections import OrderedDict
 from typing import NamedTuple
@@ -30,7 +31,7 @@ class Keys:
         self._bus = bus
         self._clock = clock
         self._known: OrderedDict[bytes, _Known] = OrderedDict()
-        self._lookups = 0
+        self._lookups: dict[bytes, asyncio.Future[_Known | None]] = {}
 
     def recall(self, authorization: bytes) -> Grant | None:
         """The grant behind an Authorization header, if we know it without asking."""
@@ -55,18 +56,27 @@ class Keys:
         return known.grant
 
     async def _ask(self, digest: bytes, key_digest: bytes, stale: _Known | None) -> _Known:
-        if self._lookups >= LOOKUPS_MAX:
-            raise BrokerLost("too many unknown API keys are being looked up; try again shortly", retry_after_ms=1_000)
-        self._lookups += 1
+        """One question per key, however many calls wait for the answer."""
+        lookup = self._lookups.get(digest)
+        if lookup is None:
+            if len(self._lookups) >= LOOKUPS_MAX:
+                if stale is not None and stale.grant is not None:
+                    return stale
+                raise BrokerLost("too many unknown API keys are being looked up; try again shortly", retry_after_ms=1_000)
+            lookup = self._lookups[digest] = asyncio.ensure_future(self._look_up(digest, key_digest))
+            lookup.add_done_callback(lambda _: self._lookups.pop(digest, None))
+        known = await asyncio.shield(lookup) or stale
+        if known is None or (known is stale and known.grant is None):
+            raise BrokerLost("the hub, which knows the API keys, can't be reached", retry_after_ms=2_000)
+        return known
+
+    async def _look_up(self, digest: bytes, key_digest: bytes) -> _Known | None:
+        """What the hub says, remembered; None if it says nothing."""
         try:
             answer = await self._bus.request(subjects.KEY.pattern, codec.encode(m.KeyQuery(key_digest=key_digest)), within_s=LOOKUP_S)
             known = _Known(codec.key_answer.read(answer).grant, self._clock.now_ms())
         except (BrokerLost, WireError):
-            if stale is not None and stale.grant is not None:
-                return stale
-            raise BrokerLost("the hub, which knows the API keys, can't be reached", retry_after_ms=2_000) from None
-        finally:
-            self._lookups -= 1
+            return None
         self._known[digest] = known
         while len(self._known) > REMEMBERED_MAX:
             self._known.popitem(last=False)

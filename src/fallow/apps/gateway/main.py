@@ -10,7 +10,6 @@ import msgspec
 from fallow.adapters.clock import SystemClock
 from fallow.adapters.files import only_one, write_private
 from fallow.adapters.nats_bus import NatsBus
-from fallow.apps.gateway.address import ADDRESS_FILE
 from fallow.apps.gateway.admin import Admin, make_admin
 from fallow.apps.gateway.caller import Receive, Scope, Send
 from fallow.apps.gateway.calls import Calls
@@ -21,7 +20,7 @@ from fallow.apps.gateway.metrics import Metrics
 from fallow.apps.gateway.roster import Roster
 from fallow.apps.gateway.server import listen, make_server
 from fallow.apps.run import tell_ready
-from fallow.apps.settings import Settings
+from fallow.apps.settings import ADDRESS_FILE, Settings
 from fallow.core.relay import BusLost
 from fallow.model.ids import GatewayId
 from fallow.ports import Bus, Clock

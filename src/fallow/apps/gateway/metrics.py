@@ -2,6 +2,8 @@
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from fallow.apps.gateway.errors import TABLE
+
 FIRST_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 OVERHEAD_BUCKETS = (0.0005, 0.001, 0.0015, 0.002, 0.003, 0.005, 0.01, 0.025, 0.1, 1)
 
@@ -36,7 +38,7 @@ class Metrics:
         self._overhead.observe(seconds)
 
     def attempt_failed(self, code: str) -> None:
-        self._failed.labels(code).inc()
+        self._failed.labels(code if code in TABLE else "other").inc()
 
     def text(self) -> bytes:
         return generate_latest(self.registry)

@@ -35,24 +35,27 @@ class Roster:
     def _on_heartbeat(self, delivery: Delivery) -> None:
         try:
             beat = codec.heartbeat.read(delivery.data)
+            subjects.token(beat.node_id)
         except WireError as error:
             log.warning("a heartbeat was dropped: %s", error)
             return
-        if beat.node_id != subjects.last_token(delivery.subject):
+        if beat.node_id != subjects.last_token(delivery.subject) or not core.is_consistent(beat):
             log.warning("a heartbeat was dropped: it names another node than its subject")
             return
         if beat.node_id not in self._members and len(self._members) >= NODES_MAX:
             log.warning("a heartbeat was dropped: the roster is full (%d nodes)", NODES_MAX)
             return
         now = self._clock.now_ms()
-        member = core.hear(self._members.get(beat.node_id), beat, now_ms=now)
+        known = self._members.get(beat.node_id)
+        member = core.hear(known, beat, now_ms=now)
+        if known is not None:
+            self._drop_counts(known)
         if core.is_gone(member, now_ms=now):
             self.forget(beat.node_id)
             return
         self._members[beat.node_id] = member
-        for load in member.loads:
-            key = (beat.node_id, load.model)
-            self._at_beat[key] = self._in_flight[key]
+        for offer in member.offers:
+            self._at_beat[offer.node_id, offer.model] = self._in_flight[offer.node_id, offer.model]
         if core.is_stranger(member):
             self._strangers.add(beat.node_id)
 
@@ -70,11 +73,18 @@ class Roster:
 
     def forget(self, node_id: NodeId) -> None:
         """The node is gone; its next heartbeat brings it back."""
-        self._members.pop(node_id, None)
+        member = self._members.pop(node_id, None)
+        if member is not None:
+            self._drop_counts(member)
+
+    def _drop_counts(self, member: core.Member) -> None:
+        for offer in member.offers:
+            self._at_beat.pop((offer.node_id, offer.model), None)
 
     def forget_all(self) -> None:
         """The broker went away, and with it all that we knew."""
         self._members.clear()
+        self._at_beat.clear()
 
     def candidates(self) -> list[Candidate]:
         """All offers of nodes that are there."""
@@ -87,8 +97,7 @@ class Roster:
                 if load is None:
                     continue
                 key = (node_id, offer.model)
-                busy = offer.slots - load.slots_free + load.waiting
-                elsewhere = max(0, busy - self._at_beat.get(key, 0))
+                elsewhere = core.elsewhere(offer, load, ours_at_beat=self._at_beat.get(key, 0))
                 found.append(Candidate(offer=offer, card=member.card, load=load, elsewhere=elsewhere, in_flight=self._in_flight[key]))
         return found
 

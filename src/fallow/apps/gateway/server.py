@@ -13,7 +13,7 @@ from fallow.model.errors import StartFailed
 
 KEEP_ALIVE_S = 75
 BACKLOG = 1024
-STOP_S = 1.0
+STOP_S = 1
 
 
 class Cork:
@@ -76,7 +76,7 @@ def make_server(app: Any, end_calls: Callable[[], None]) -> Server:
         server_header=False,
         date_header=False,
         timeout_keep_alive=KEEP_ALIVE_S,
-        timeout_graceful_shutdown=1,
+        timeout_graceful_shutdown=STOP_S,
         backlog=BACKLOG,
     )
     return Server(config, end_calls)

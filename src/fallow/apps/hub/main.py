@@ -10,20 +10,20 @@ from fallow.adapters.broker import Broker, start_broker
 from fallow.adapters.files import only_one, read_or_make
 from fallow.adapters.nats_bus import NatsBus
 from fallow.apps.run import tell_ready
-from fallow.apps.settings import Settings
+from fallow.apps.settings import KEY_FILE, SECRET_FILE, Settings
 from fallow.model import messages as m
 from fallow.model.call import Grant
-from fallow.model.errors import BrokerLost, StartFailed, WireError
+from fallow.model.errors import BrokerLost, FallowError, WireError
 from fallow.model.ids import KeyId, OrgId
 from fallow.ports import Bus, Delivery
 from fallow.wire import codec, subjects
 
-SECRET_FILE = "secret"  # noqa: S105  (a file's name)
-KEY_FILE = "key"
 KEY_PREFIX = "fk-"
 GROUP = "hub"
 RESTART_S_MIN = 0.2
 RESTART_S_MAX = 30.0
+HEALTHY_S = 10.0
+"""A broker that lived this long is restarted without delay."""
 
 log = logging.getLogger("fallow.hub")
 
@@ -77,19 +77,20 @@ class BrokerKeeper:
     async def keep(self) -> None:
         """Restart it whenever it ends, until cancelled."""
         wait_s = RESTART_S_MIN
+        loop = asyncio.get_running_loop()
         try:
             while True:
+                began = loop.time()
                 if self._broker is not None:
                     code = await self._broker.wait()
                     log.warning("the broker ended with code %d; it is started again", code)
                 self._broker = None
+                wait_s = RESTART_S_MIN if loop.time() - began > HEALTHY_S else min(RESTART_S_MAX, wait_s * 2)
                 await asyncio.sleep(wait_s)
                 try:
                     await self.start()
-                    wait_s = RESTART_S_MIN
-                except StartFailed as error:
-                    wait_s = min(RESTART_S_MAX, wait_s * 2)
-                    log.warning("%s; next try in %.1f s", error, wait_s)
+                except (FallowError, OSError) as error:
+                    log.warning("%s; it is tried again", error)
         finally:
             if self._broker is not None:
                 await asyncio.shield(self._broker.stop())

@@ -8,9 +8,10 @@ import msgspec
 
 from fallow.adapters.http_engine import HttpAnswer, HttpEngine
 from fallow.apps.node.served import EVENTS, Answer, Piece, load_of
-from fallow.model.errors import EngineFailed, Failure, StartFailed
+from fallow.core.admit import WAITING_PER_SLOT
+from fallow.model.errors import NAME_MAX, EngineFailed, Failure, StartFailed
 from fallow.model.ids import NodeId
-from fallow.model.messages import Head
+from fallow.model.messages import OFFERS_MAX, Head
 from fallow.model.offer import Load, Offer, Price, Speed
 from fallow.model.receipt import Usage
 from fallow.wire import sse
@@ -48,6 +49,8 @@ async def find_models(engine: HttpEngine) -> list[str]:
         raise StartFailed(f"the engine does not list its models at /v1/models: {error}") from None
     if status != 200 or not models:
         raise StartFailed(f"the engine lists no models at /v1/models (status {status})")
+    if len(models) > OFFERS_MAX or any(not 0 < len(name) <= NAME_MAX for name in models):
+        raise StartFailed(f"the engine lists {len(models)} models; at most {OFFERS_MAX}, with names of {NAME_MAX} characters, can be lent")
     return models
 
 
@@ -94,7 +97,7 @@ class AttachedServed:
     def __init__(self, *, model: str, engine: HttpEngine, slots: int) -> None:
         self.model = model
         self.slots = slots
-        self.waiting_max = 2 * slots
+        self.waiting_max = WAITING_PER_SLOT * slots
         self.gate = asyncio.Semaphore(slots)
         self._engine = engine
         self._healthy = True

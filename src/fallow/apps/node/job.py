@@ -10,13 +10,11 @@ from fallow.apps.node.outlet import Outlet
 from fallow.apps.node.served import Answer, Refused, Served
 from fallow.core import credit
 from fallow.model import messages as m
-from fallow.model.errors import BrokerLost, Failure, FallowError, InvalidRequest
+from fallow.model.errors import BodyLost, BrokerLost, Failure, FallowError
 from fallow.ports import Clock
 
 BODY_WAIT_S = 15.0
 """How long the next part of a body may take."""
-LEASE_MS = 15_000
-"""A gateway that says nothing for so long is dead, and its callers are gone."""
 
 log = logging.getLogger("fallow.node")
 
@@ -32,7 +30,7 @@ class Job:
         self._body = bytearray(request.body)
         self._body_granted = credit.BODY_WINDOW_BYTES
         self._arrived = asyncio.Event()
-        self._leased_at_ms = clock.now_ms()
+        self.leased_at_ms = clock.now_ms()
         self.task: asyncio.Task[None] | None = None
 
     def take_body(self, part: m.BodyPart) -> None:
@@ -43,10 +41,7 @@ class Job:
 
     def renew(self) -> None:
         """The gateway still waits for this."""
-        self._leased_at_ms = self._clock.now_ms()
-
-    def is_abandoned(self) -> bool:
-        return self._clock.now_ms() - self._leased_at_ms > LEASE_MS
+        self.leased_at_ms = self._clock.now_ms()
 
     async def run(self) -> None:
         """Raises nothing that Fallow raises on purpose: every end is said to the gateway."""
@@ -72,18 +67,18 @@ class Job:
                 await self._relay(answer, asked_us)
 
     async def _gather(self) -> None:
-        """Wait for the rest of the body, granting credit as it comes; raises InvalidRequest if it doesn't."""
+        """Wait for the rest of the body, granting credit as it comes; raises BodyLost if it doesn't."""
         while len(self._body) < self.request.body_bytes:
+            self._arrived.clear()
             until = credit.more(self._body_granted, len(self._body), window=credit.BODY_WINDOW_BYTES)
             if until is not None:
                 self._body_granted = until
                 await self.outlet.say(m.Credit(attempt_id=self.request.attempt_id, until_bytes=until))
-            self._arrived.clear()
             try:
                 async with asyncio.timeout(BODY_WAIT_S):
                     await self._arrived.wait()
             except TimeoutError:
-                raise InvalidRequest("the rest of the request's body did not come") from None
+                raise BodyLost("the rest of the request's body did not come") from None
 
     async def _relay(self, answer: Answer, asked_us: int) -> None:
         head: m.Head | None = answer.head()
@@ -94,8 +89,9 @@ class Job:
                 await self.outlet.finish(piece.data, head, answer.usage)
                 log.info("attempt done: %s", answer.usage)
                 return
-            await self.outlet.part(piece.data, head)
-            head = None
+            if piece.data:
+                await self.outlet.part(piece.data, head)
+                head = None
 
     async def _fail(self, failure: Failure) -> None:
         log.info("attempt failed: %s", failure.code)

@@ -6,10 +6,12 @@ import tempfile
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import msgspec
+
 from fallow.adapters import machine
 from fallow.adapters.catalogue import find
 from fallow.adapters.clock import SystemClock
-from fallow.adapters.fetch import Progress, fetch
+from fallow.adapters.fetch import fetch
 from fallow.adapters.files import make_folder, only_one, read_or_make
 from fallow.adapters.http_engine import HttpEngine
 from fallow.adapters.llama_process import SOCKET_PATH_MAX, LlamaProcess
@@ -22,7 +24,7 @@ from fallow.apps.run import tell_ready
 from fallow.apps.settings import Settings
 from fallow.core.sizing import size_engine
 from fallow.model.card import Card
-from fallow.model.errors import BadSetting, StartFailed
+from fallow.model.errors import BadFlag, StartFailed
 from fallow.model.ids import NodeId, OrgId
 from fallow.ports import Clock
 
@@ -33,36 +35,37 @@ CARD_LIFE_MS = 24 * 3_600_000
 SOCKET_NAME = "llama"
 
 
-async def run_node(
-    settings: Settings, hub: str, secret: str, engine: str, until: asyncio.Event, ready: int | None, progress: Progress
-) -> None:
+async def run_node(settings: Settings, hub: str, secret: str, engine: str, until: asyncio.Event, ready: int | None) -> None:
     """Lend this machine until told to stop; raises StartFailed, FetchFailed, MissingExtra."""
     with only_one(settings.data, "node"):
         node_id = NodeId(read_or_make(settings.data / "node_id", prefix="node-", length=4))
         clock = SystemClock()
         run_folder = _socket_folder(settings.data)
         try:
-            served = await _attached(engine, settings) if engine else [await _llama(settings, run_folder, clock, progress)]
+            served = await _attached(engine, settings) if engine else [await _llama(settings, run_folder, clock)]
             bus = NatsBus(hub, secret, node_id)
             await bus.connect()
             try:
                 node = Node(_card(node_id, settings, clock), served, bus, clock)
                 async with asyncio.TaskGroup() as group:
-                    group.create_task(node.run(until), name="node")
-                    group.create_task(_tell_when_ready(served, ready, node_id, until), name="ready")
+                    serving = group.create_task(node.run(until), name="node")
+                    loading = group.create_task(_tell_when_ready(served, ready, node_id), name="ready")
+                    serving.add_done_callback(lambda _: loading.cancel())
+                    await until.wait()
+                    loading.cancel()
             finally:
                 await bus.close()
         finally:
             shutil.rmtree(run_folder, ignore_errors=True)
 
 
-async def _tell_when_ready(served: list[Served], ready: int | None, node_id: NodeId, until: asyncio.Event) -> None:
-    """Load what is served before anybody calls, then say that we are ready."""
+async def _tell_when_ready(served: list[Served], ready: int | None, node_id: NodeId) -> None:
+    """Load what is served before anybody calls, then say that we are ready; raises StartFailed if it can't be loaded."""
     await asyncio.sleep(0)  # the node's task starts the supervisors first
-    while not until.is_set():
-        if all([await one.ready() is None for one in served]):
-            tell_ready(ready, node_id)
-            return
+    while failures := [failure for one in served if (failure := await one.ready()) is not None]:
+        if any(failure.code == "engine_failed" for failure in failures):
+            raise StartFailed(f"{served[0].model} can't be loaded: {failures[0].message}")
+    tell_ready(ready, node_id)
 
 
 def _card(node_id: NodeId, settings: Settings, clock: Clock) -> Card:
@@ -79,9 +82,9 @@ def _card(node_id: NodeId, settings: Settings, clock: Clock) -> Card:
     )
 
 
-async def _llama(settings: Settings, folder: Path, clock: Clock, progress: Progress) -> Served:
+async def _llama(settings: Settings, folder: Path, clock: Clock) -> Served:
     weights = find(settings.node.model)
-    path = await asyncio.to_thread(fetch, weights, settings.models_folder, progress=progress)
+    path = await asyncio.to_thread(fetch, weights, settings.models_folder)
     size = size_engine(
         cores_physical=machine.physical_cores(),
         memory_free_bytes=machine.free_memory_bytes(),
@@ -92,9 +95,7 @@ async def _llama(settings: Settings, folder: Path, clock: Clock, progress: Progr
     if size is None:
         need_mb = 2 * weights.size_bytes // 2**20 + 500
         raise StartFailed(f"{weights.name} needs about {need_mb} MB of free memory; free some, or choose a smaller model")
-    size = type(size)(
-        threads=settings.node.threads or size.threads, slots=settings.node.slots or size.slots, context_tokens=size.context_tokens
-    )
+    size = msgspec.structs.replace(size, threads=settings.node.threads or size.threads, slots=settings.node.slots or size.slots)
     launch = LlamaProcess(weights=path, weights_sha256=weights.sha256, model=weights.name, size=size, folder=folder, name=SOCKET_NAME)
     client = HttpEngine(str(launch.socket))
     supervisor = Supervisor(launch, client, clock, weights_bytes=weights.size_bytes, stall_ms=int(settings.node.stall_s * 1000))
@@ -116,13 +117,17 @@ async def _attached(address: str, settings: Settings) -> list[Served]:
 
 
 def _endpoint(address: str) -> str:
-    """`http://host:port[/v1]` or `unix:/path` as the engine's client takes it; raises BadSetting."""
+    """`http://host:port[/v1]` or `unix:/path` as the engine's client takes it; raises BadFlag."""
     if address.startswith("unix:/"):
         return address.removeprefix("unix:")
-    parts = urlsplit(address)
+    try:
+        parts = urlsplit(address)
+        port = parts.port or 80
+    except ValueError:
+        parts, port = urlsplit(""), 0
     if parts.scheme != "http" or not parts.hostname or parts.path.rstrip("/") not in ("", "/v1"):
-        raise BadSetting(f"--engine: {address!r} should look like http://localhost:11434/v1 or unix:/path/of.sock")
-    return f"{parts.hostname}:{parts.port or 80}"
+        raise BadFlag(f"--engine: {address!r} should look like http://localhost:11434/v1 or unix:/path/of.sock")
+    return f"{parts.hostname}:{port}"
 
 
 def _socket_folder(data: Path) -> Path:

@@ -12,7 +12,7 @@ from fallow.apps.node.served import Served
 from fallow.core import admit
 from fallow.model import messages as m
 from fallow.model.card import Card
-from fallow.model.errors import BrokerLost, Failure, WireError
+from fallow.model.errors import BrokerLost, Failure, FallowError, WireError
 from fallow.model.ids import AttemptId
 from fallow.ports import Bus, Clock, Delivery
 from fallow.wire import codec, subjects
@@ -44,13 +44,15 @@ class Node:
             self._group = group
             background = [group.create_task(one.run(), name=f"engine {one.model}") for one in self._served.values()]
             node_id = self.card.node_id
+            self._bus.on_lost(self._give_up)
             await self._bus.subscribe(subjects.request(node_id), self._on_request)
             await self._bus.subscribe(subjects.bodies(node_id), self._on_body)
             await self._bus.subscribe(subjects.control(node_id), self._on_control)
             background += [group.create_task(self._pulse.run(), name="pulse"), group.create_task(self._tick(), name="tick")]
             await until.wait()
             await self._leave()
-            for task in [*background, *(job.task for job in self._jobs.values() if job.task is not None)]:
+            self._give_up()
+            for task in background:
                 task.cancel()
 
     async def _leave(self) -> None:
@@ -63,6 +65,12 @@ class Node:
                     await job.outlet.fail(leaving)
         except (BrokerLost, TimeoutError):
             log.info("left without a word: the broker is away")
+
+    def _give_up(self) -> None:
+        """The broker went away: credit, cancels and parts of bodies are lost, and gateways have failed over."""
+        for job in self._jobs.values():
+            if job.task is not None:
+                job.task.cancel()
 
     def _running(self, served: Served) -> int:
         return sum(job.served is served for job in self._jobs.values())
@@ -109,7 +117,7 @@ class Node:
             await job.run()
         except Exception as error:  # noqa: BLE001  (one attempt's fault must not end the node; its text may hold a prompt)
             log.error("an attempt broke: %s", type(error).__name__)
-            await self._quietly(functools.partial(job.outlet.fail, Failure(code="engine_failed", message="the node failed")))
+            await _quietly(functools.partial(job.outlet.fail, Failure(code="engine_failed", message="the node failed")))
 
     def _forget(self, job: Job) -> None:
         del self._jobs[job.request.attempt_id]
@@ -117,7 +125,7 @@ class Node:
 
     def _accept(self, job: Job) -> None:
         if not job.outlet.has_said and job.task is not None and not job.task.done():
-            self._spawn(self._quietly(job.outlet.say_accepted))
+            self._spawn(_quietly(job.outlet.say_accepted))
 
     def _on_body(self, delivery: Delivery) -> None:
         job = self._jobs.get(AttemptId(subjects.last_token(delivery.subject)))
@@ -155,25 +163,27 @@ class Node:
         while True:
             await asyncio.sleep(TICK_S)
             for job in list(self._jobs.values()):
-                if job.is_abandoned() and job.task is not None:
+                if admit.is_abandoned(job.leased_at_ms, now_ms=self._clock.now_ms()) and job.task is not None:
                     log.warning("an attempt was given up: its gateway is gone")
                     job.task.cancel()
                 else:
-                    await self._quietly(job.outlet.say_alive)
-
-    async def _quietly(self, say: Callable[[], Awaitable[None]]) -> None:
-        try:
-            await say()
-        except BrokerLost:
-            log.debug("not said: the broker is away")
+                    await _quietly(job.outlet.say_alive)
 
     async def _answer(self, subject: str, message: m.Final) -> None:
         async def say() -> None:
             await self._bus.publish(subject, codec.encode(message))
 
         if subject.startswith("rsp."):
-            await self._quietly(say)
+            await _quietly(say)
 
     def _spawn(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
         assert self._group is not None, "messages come only while the node runs"
         return self._group.create_task(work)
+
+
+async def _quietly(say: Callable[[], Awaitable[None]]) -> None:
+    """Say something that may stay unsaid when the broker is away."""
+    try:
+        await say()
+    except FallowError as error:
+        log.info("not said: %s", error.code)

@@ -4,16 +4,18 @@ import asyncio
 
 from fallow.core import credit
 from fallow.model import messages as m
-from fallow.model.errors import Failure
+from fallow.model.errors import CallerTooSlow, Failure
 from fallow.model.receipt import Usage
 from fallow.ports import Bus, Clock
 from fallow.wire import codec, subjects
 
 ALIVE_MS = 1_000
+ROOM_S_MAX = 60.0
+"""How long a caller may read nothing before their answer is given up."""
 
 
 class Outlet:
-    """One attempt's way back. All of it raises BrokerLost when the broker is away."""
+    """One attempt's way back. All of it raises BrokerLost when the broker is away; pieces also CallerTooSlow."""
 
     def __init__(self, bus: Bus, subject: str, clock: Clock) -> None:
         self._bus = bus
@@ -69,4 +71,8 @@ class Outlet:
     async def _have_room(self) -> None:
         while self._sent_bytes >= self._until_bytes:
             self._room.clear()
-            await self._room.wait()
+            try:
+                async with asyncio.timeout(ROOM_S_MAX):
+                    await self._room.wait()
+            except TimeoutError:
+                raise CallerTooSlow(f"the caller read nothing for {ROOM_S_MAX:g} s") from None

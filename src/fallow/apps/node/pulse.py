@@ -37,10 +37,12 @@ class Pulse:
 
     async def run(self) -> None:
         full = True
-        started = self._clock.now_ms()
+        started = renewed = self._clock.now_ms()
         while True:
+            full = full or self._clock.now_ms() - renewed > OFFER_LIFE_MS // 2
             try:
                 await self.beat(full=full)
+                renewed = self._clock.now_ms() if full else renewed
                 full = False
             except BrokerLost:
                 full = True

@@ -9,6 +9,7 @@ import msgspec
 
 from fallow.adapters.http_engine import HttpAnswer, HttpEngine
 from fallow.apps.node.supervisor import Supervisor
+from fallow.core.admit import WAITING_PER_SLOT
 from fallow.model.errors import EngineFailed, EngineStalled, Failure
 from fallow.model.ids import NodeId
 from fallow.model.messages import Head
@@ -88,7 +89,12 @@ class LlamaAnswer:
 
     async def pieces(self) -> AsyncIterator[Piece]:
         async for piece in self._stream() if self._request.stream else self._whole():
-            yield piece
+            self._supervisor.running -= 1  # while the caller takes the piece nothing is asked of the engine
+            try:
+                yield piece
+            finally:
+                self._supervisor.running += 1
+                self._supervisor.moved()
 
     async def _stream(self) -> AsyncIterator[Piece]:
         editor = StreamedAnswer(include_usage=self._request.include_usage)
@@ -121,7 +127,7 @@ class LlamaServed:
     ) -> None:
         self.model = model
         self.slots = slots
-        self.waiting_max = 2 * slots
+        self.waiting_max = WAITING_PER_SLOT * slots
         self.gate = asyncio.Semaphore(slots)
         self._digest = digest
         self._context_tokens = context_tokens
@@ -158,6 +164,8 @@ class LlamaServed:
         """None once the engine answers; else how far it is."""
         if await self._supervisor.ready(self._load_wait_s):
             return None
+        if self._supervisor.is_hopeless():
+            return Failure(code="engine_failed", message="the engine ends each time it loads the model")
         wait_ms = self._supervisor.ready_in_ms()
         text = f"the model is being loaded; ready in about {max(1, round(wait_ms / 1000))} s"
         return Failure(code="model_loading", message=text, retry_after_ms=wait_ms, progress=self._supervisor.progress() or 0.0)

@@ -16,6 +16,7 @@ from fallow.ports import Clock
 TICK_S = 0.1
 HEALTH_S = 2.0
 HEALTH_POLL_S = 0.05
+HOPELESS_FAULTS = 3
 
 log = logging.getLogger("fallow.node")
 
@@ -33,7 +34,6 @@ class Supervisor:
         self._ready = asyncio.Event()
         self.running = 0
         self._moved_at_ms = 0
-        self.restarts = 0
         self.has_stalled = False
 
     async def run(self) -> None:
@@ -69,14 +69,14 @@ class Supervisor:
                 await self._ready.wait()
         return self._ready.is_set()
 
-    @property
-    def engine_pid(self) -> int | None:
-        return self._process.pid if self._process is not None and self._process.returncode is None else None
-
     def readiness(self) -> Readiness:
-        if self._watch.phase in ("backing_off", "stopping"):
-            return "failed" if self._watch.faults >= watch.GIVE_UP_FAULTS else "loading"
-        return "ready" if self._watch.phase == "ready" else "loading" if self._watch.phase == "loading" else "cold"
+        if watch.is_failed(self._watch):
+            return "failed"
+        return "cold" if self._watch.phase == "cold" else "ready" if self._watch.phase == "ready" else "loading"
+
+    def is_hopeless(self) -> bool:
+        """Whether the engine never loaded, though it was tried a few times."""
+        return self._watch.loaded_in_ms is None and self._watch.faults >= HOPELESS_FAULTS
 
     def ready_in_ms(self) -> int:
         return watch.ready_in_ms(self._watch, now_ms=self._clock.now_ms())
@@ -111,10 +111,11 @@ class Supervisor:
             log.error("engine could not be started: %s", error)
             self._step(watch.Exited())
             return
+        if self._watch.phase == "stopping":  # it took too long before there was a process to kill
+            await children.kill(process)
         assert self._group is not None
         self._group.create_task(self._until_loaded(process), name="engine load")
         code = await process.wait()
-        self.restarts += 1
         log.warning("engine ended with code %d", code)
         self._engine.close()
         self._step(watch.Exited())

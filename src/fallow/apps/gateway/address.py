@@ -1,3 +1,0 @@
-"""Where a running gateway writes its address, for the commands on the same machine."""
-
-ADDRESS_FILE = "gateway.json"
