@@ -12,7 +12,7 @@ from typing import cast
 
 import httptools
 
-from fallow.model.errors import EngineFailed
+from fallow.model.errors import EngineFailed, EngineStalled
 from fallow.model.messages import Head
 
 IDLE_S_MAX = 4.0
@@ -20,6 +20,10 @@ USES_MAX = 90
 """llama.cpp closes a connection after 5 s of idling or 100 requests; we are there first."""
 IDLE_CONNECTIONS_MAX = 64
 CONNECT_S = 2.0
+HEAD_S_MAX = 600.0
+"""How long an engine may work before it begins to answer: attached ones write whole answers at their end only."""
+SILENCE_S_MAX = 120.0
+"""How long it may be silent in the middle of one."""
 BUFFER_BYTES_MAX = 256 * 1024
 HEADERS_MAX = 64
 
@@ -100,10 +104,14 @@ class _Connection(asyncio.Protocol):
         if self.wake is not None and not self.wake.done():
             self.wake.set_result(None)
 
-    async def wait(self) -> None:
-        """Until something came."""
+    async def wait(self, within_s: float) -> None:
+        """Until something came; raises EngineStalled."""
         self.wake = asyncio.get_running_loop().create_future()
-        await self.wake
+        try:
+            async with asyncio.timeout(within_s):
+                await self.wake
+        except TimeoutError:
+            raise EngineStalled(f"the engine said nothing for {within_s:g} s") from None
 
     def take(self) -> bytes:
         """All bytes that came since the last time."""
@@ -128,7 +136,7 @@ class HttpAnswer:
         return self._connection.is_whole and not self._connection.chunks
 
     async def body(self) -> AsyncIterator[bytes]:
-        """The body's bytes as they come; raises EngineFailed if the connection breaks before its end."""
+        """The body's bytes as they come; raises EngineFailed if the connection breaks before its end, EngineStalled if it falls silent."""
         connection = self._connection
         while True:
             if connection.chunks:
@@ -138,7 +146,7 @@ class HttpAnswer:
             elif connection.is_broken:
                 raise EngineFailed("the engine closed the connection in the middle of its answer")
             else:
-                await connection.wait()
+                await connection.wait(SILENCE_S_MAX)
 
 
 class HttpEngine:
@@ -213,8 +221,8 @@ class HttpEngine:
             while not connection.head_at_ns:
                 if not connection.is_open:
                     return False
-                await connection.wait()
-        except asyncio.CancelledError:
+                await connection.wait(HEAD_S_MAX)
+        except (asyncio.CancelledError, EngineStalled):
             connection.close()
             raise
         return True
