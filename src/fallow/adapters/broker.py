@@ -91,7 +91,7 @@ async def start_broker(folder: Path, *, host: str, port: int, secret: str) -> Br
     for stale in folder.glob("*.ports"):
         stale.unlink()
     config = folder / "broker.conf"
-    write_private(config, CONFIG.format(name="fallow", host=host, port=port or -1, secret=secret, folder=folder))
+    write_private(config, CONFIG.format(name="fallow", host=host, port=port or -1, secret=_quoted(secret), folder=_quoted(str(folder))))
     log = os.open(folder / "broker.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     try:
         process = await children.spawn([str(server), "-c", str(config)], stdout=log, stderr=log)
@@ -100,9 +100,17 @@ async def start_broker(folder: Path, *, host: str, port: int, secret: str) -> Br
     try:
         async with asyncio.timeout(START_S):
             return Broker(process, await _listening(process, folder))
+    except asyncio.CancelledError:
+        await asyncio.shield(children.kill(process))
+        raise
     except TimeoutError:
         await children.kill(process)
         raise StartFailed(f"the broker did not start within {START_S:g} s; see {folder / 'broker.log'}") from None
+
+
+def _quoted(text: str) -> str:
+    """A text inside quotes of the broker's configuration."""
+    return text.replace("\\", "\\\\").replace('"', '\\"')
 
 
 async def _listening(process: Process, folder: Path) -> str:

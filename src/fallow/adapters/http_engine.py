@@ -6,7 +6,7 @@ A general client costs a third of the gateway's throughput here (docs/adr/0003),
 import asyncio
 import contextlib
 from collections import deque
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from time import perf_counter_ns
 from typing import cast
 
@@ -28,51 +28,34 @@ BUFFER_BYTES_MAX = 256 * 1024
 HEADERS_MAX = 64
 
 
-class _Connection(asyncio.Protocol):
-    """One connection, one request at a time."""
+class _Parsed:
+    """What has come of one answer. httptools calls the `on_…` methods."""
 
-    def __init__(self) -> None:
-        self.transport: asyncio.Transport | None = None
-        self.uses = 0
-        self.idle_since = 0.0
-        self.begin()
-
-    def begin(self) -> None:
-        """Get ready for the next answer."""
+    def __init__(self, pause: Callable[[], None]) -> None:
+        self._pause = pause
         self.parser = httptools.HttpResponseParser(self)
         self.status = 0
         self.content_type = ""
         self.headers = 0
+        self.has_length = False
         self.head_at_ns = 0
         self.chunks: deque[bytes] = deque()
         self.buffered = 0
         self.is_whole = False
-        self.is_broken = False
-        self.wake: asyncio.Future[None] | None = None
+        self.may_stay = False
 
-    # asyncio.Protocol
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.transport = cast(asyncio.Transport, transport)  # uvloop's own are no subclasses
+    def on_message_begin(self) -> None:
+        if self.is_whole:
+            raise ValueError("an answer that nobody asked for")
 
-    def data_received(self, data: bytes) -> None:
-        try:
-            self.parser.feed_data(data)
-        except httptools.HttpParserError:
-            self.is_broken = True
-            self.close()
-        self._tell()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self.is_broken = True
-        self._tell()
-
-    # httptools
     def on_header(self, name: bytes, value: bytes) -> None:
         self.headers += 1
         if self.headers > HEADERS_MAX:
             raise ValueError("too many headers")
-        if name.lower() == b"content-type":
+        name = name.lower()
+        if name == b"content-type":
             self.content_type = value.decode("latin-1")
+        self.has_length |= name in (b"content-length", b"transfer-encoding")
 
     def on_headers_complete(self) -> None:
         self.status = self.parser.get_status_code()
@@ -81,28 +64,60 @@ class _Connection(asyncio.Protocol):
     def on_body(self, body: bytes) -> None:
         self.chunks.append(body)
         self.buffered += len(body)
-        if self.buffered > BUFFER_BYTES_MAX and self.transport is not None:
-            self.transport.pause_reading()
+        if self.buffered > BUFFER_BYTES_MAX:
+            self._pause()
 
     def on_message_complete(self) -> None:
         self.is_whole = True
+        self.may_stay = self.parser.should_keep_alive()  # the parser has forgotten it a moment later
 
-    # ours
+
+class _Connection(asyncio.Protocol):
+    """One connection, one request at a time."""
+
+    def __init__(self) -> None:
+        self.transport: asyncio.Transport | None = None
+        self.uses = 0
+        self.idle_since = 0.0
+        self.is_broken = False
+        self.begin()
+
+    def begin(self) -> None:
+        """Get ready for the next answer."""
+        self.answer = _Parsed(self._pause)
+        self.wake: asyncio.Future[None] | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast(asyncio.Transport, transport)  # uvloop's own are no subclasses
+
+    def data_received(self, data: bytes) -> None:
+        try:
+            self.answer.parser.feed_data(data)
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade):
+            self.is_broken = True
+            self.close()
+        self._tell()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        answer = self.answer
+        # An answer that tells no length ends with its connection.
+        answer.is_whole |= exc is None and answer.head_at_ns > 0 and not answer.has_length and not self.is_broken
+        self.is_broken = True
+        self._tell()
+
     @property
     def is_open(self) -> bool:
         return self.transport is not None and not self.transport.is_closing() and not self.is_broken
 
     @property
     def keeps(self) -> bool:
-        return self.is_whole and self.is_open and self.parser.should_keep_alive() and self.uses < USES_MAX
+        """Whether another request may follow on this connection."""
+        answer = self.answer
+        return answer.is_whole and answer.may_stay and not answer.chunks and self.is_open and self.uses < USES_MAX
 
     def close(self) -> None:
         if self.transport is not None:
             self.transport.abort()
-
-    def _tell(self) -> None:
-        if self.wake is not None and not self.wake.done():
-            self.wake.set_result(None)
 
     async def wait(self, within_s: float) -> None:
         """Until something came; raises EngineStalled."""
@@ -115,12 +130,21 @@ class _Connection(asyncio.Protocol):
 
     def take(self) -> bytes:
         """All bytes that came since the last time."""
-        data = self.chunks.popleft() if len(self.chunks) == 1 else b"".join(self.chunks)
-        self.chunks.clear()
-        if self.buffered > BUFFER_BYTES_MAX and self.transport is not None:
+        answer = self.answer
+        data = answer.chunks.popleft() if len(answer.chunks) == 1 else b"".join(answer.chunks)
+        answer.chunks.clear()
+        if answer.buffered > BUFFER_BYTES_MAX and self.transport is not None:
             self.transport.resume_reading()
-        self.buffered = 0
+        answer.buffered = 0
         return data
+
+    def _pause(self) -> None:
+        if self.transport is not None:
+            self.transport.pause_reading()
+
+    def _tell(self) -> None:
+        if self.wake is not None and not self.wake.done():
+            self.wake.set_result(None)
 
 
 class HttpAnswer:
@@ -133,15 +157,15 @@ class HttpAnswer:
     @property
     def is_complete(self) -> bool:
         """Whether all of it came and was taken."""
-        return self._connection.is_whole and not self._connection.chunks
+        return self._connection.answer.is_whole and not self._connection.answer.chunks
 
     async def body(self) -> AsyncIterator[bytes]:
         """The body's bytes as they come; raises EngineFailed if the connection breaks before its end, EngineStalled if it falls silent."""
         connection = self._connection
         while True:
-            if connection.chunks:
+            if connection.answer.chunks:
                 yield connection.take()
-            elif connection.is_whole:
+            elif connection.answer.is_whole:
                 return
             elif connection.is_broken:
                 raise EngineFailed("the engine closed the connection in the middle of its answer")
@@ -193,8 +217,9 @@ class HttpEngine:
         asked_ns = perf_counter_ns()
         connection = await self._send(request)
         try:
-            engine_us = (connection.head_at_ns - asked_ns) // 1000
-            yield HttpAnswer(connection, Head(status=connection.status, content_type=connection.content_type, engine_us=engine_us))
+            parsed = connection.answer
+            engine_us = (parsed.head_at_ns - asked_ns) // 1000
+            yield HttpAnswer(connection, Head(status=parsed.status, content_type=parsed.content_type, engine_us=engine_us))
         finally:
             if connection.keeps and len(self._idle) < IDLE_CONNECTIONS_MAX:
                 connection.idle_since = asyncio.get_running_loop().time()
@@ -218,7 +243,7 @@ class HttpEngine:
         connection.uses += 1
         connection.transport.write(request)
         try:
-            while not connection.head_at_ns:
+            while not connection.answer.head_at_ns:
                 if not connection.is_open:
                     return False
                 await connection.wait(HEAD_S_MAX)

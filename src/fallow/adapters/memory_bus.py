@@ -74,7 +74,7 @@ class MemoryBus:
         broker.buses.append(self)
 
     def is_up(self) -> bool:
-        return self._broker.up
+        return self._broker.up and self in self._broker.buses
 
     def on_lost(self, tell: Callable[[], None]) -> None:
         self._tell.append(tell)
@@ -85,8 +85,8 @@ class MemoryBus:
             tell()
 
     async def publish(self, subject: str, data: bytes, reply: str = "") -> None:
-        if not self._broker.up:
-            raise BrokerLost("the broker is down")
+        if not self._broker.up or self not in self._broker.buses:
+            raise BrokerLost("the connection to the broker is down")
         self._broker.send(subject, reply, data)
 
     async def subscribe(self, subject: str, hear: Hear, *, group: str = "") -> None:

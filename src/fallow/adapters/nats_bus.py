@@ -37,6 +37,7 @@ class NatsBus:
         self._subscriptions: list[tuple[str, Hear, str]] = []
         self._tell: list[Callable[[], None]] = []
         self._closing = False
+        self._last_error: Exception | None = None
         self._rebuilding: asyncio.Task[None] | None = None
 
     async def connect(self, *, within_s: float = CONNECT_S) -> None:
@@ -45,7 +46,7 @@ class NatsBus:
             async with asyncio.timeout(within_s):
                 await self._open()
         except (OSError, TimeoutError, errors.Error) as error:
-            raise StartFailed(f"could not reach the broker at {self._address}: {_reason(error)}") from None
+            raise StartFailed(f"could not reach the broker at {self._address}: {_reason(self._last_error or error)}") from None
 
     async def _open(self) -> None:
         self._client = Client()
@@ -68,10 +69,11 @@ class NatsBus:
             await self._listen(subject, hear, group)
 
     async def _on_error(self, error: Exception) -> None:
-        """Errors of the connection show as `is_up`; there is nothing to do for a single one."""
+        """Errors of the connection show as `is_up`; the last one says why there is none."""
+        self._last_error = error
 
     async def _on_disconnected(self) -> None:
-        for tell in self._tell:
+        for tell in [] if self._closing else self._tell:
             tell()
 
     async def _on_closed(self) -> None:

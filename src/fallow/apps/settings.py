@@ -21,7 +21,7 @@ SECRET_FILE = "secret"  # noqa: S105  (a file's name)
 ADDRESS_FILE = "gateway.json"
 """Where a running gateway writes its address, for the commands on the same machine."""
 LISTEN_DEFAULT = "127.0.0.1:8422"
-LISTEN = re.compile(r"^(\[[0-9a-fA-F:]+\]|[A-Za-z0-9_.-]+):([0-9]{1,5})$")
+LISTEN = re.compile(r"^(\[[0-9a-fA-F:]+\]|[A-Za-z0-9_.-]+):([0-9]{1,5})\Z")
 PORT_MAX = 65_535
 Port = Annotated[int, Meta(ge=0, le=65535)]
 Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,62}$")]
@@ -93,15 +93,20 @@ class Models(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     folder: str = ""
 
 
-class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """All of the file. `data` is the folder in which it lies."""
+class Document(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """All of the file."""
 
-    data: Path = Path()
     organisation: Organisation = Organisation()
     hub: Hub = Hub()
     gateway: Gateway = Gateway()
     node: Node = Node()
     models: Models = Models()
+
+
+class Settings(Document, frozen=True, kw_only=True):
+    """All of the file, and the folder in which it lies."""
+
+    data: Path = Path()
 
     @property
     def models_folder(self) -> Path:
@@ -158,12 +163,12 @@ def load(data: Path | None, flags: dict[str, Any] | None = None) -> Settings:
             section, _, key = name.partition(".")
             document.setdefault(section, {})[key] = value
     settings = _convert(document, lambda name: f"--{name.rpartition('.')[2].replace('_', '-')}", BadFlag)
-    return msgspec.structs.replace(settings, data=folder)
+    return Settings(**msgspec.structs.asdict(settings), data=folder)
 
 
-def _convert(document: dict[str, Any], where: Callable[[str], str], fault: type[BadSetting]) -> Settings:
+def _convert(document: dict[str, Any], where: Callable[[str], str], fault: type[BadSetting]) -> Document:
     try:
-        settings = msgspec.convert({key: value for key, value in document.items() if key != "data"}, Settings)
+        settings = msgspec.convert(document, Document)
     except msgspec.ValidationError as error:
         found = complaint.read(str(error))
         message = "there is no such setting" if found.kind == "unknown" else found.message
@@ -179,13 +184,23 @@ def _convert(document: dict[str, Any], where: Callable[[str], str], fault: type[
 def line_of(text: str, name: str) -> int:
     """The line on which a setting (`gateway.port`) stands; that of its section if it can't be told; 1 at least."""
     section, _, key = name.partition(".")
+    of_key, of_section = _word(key or section), _word(section)
     current, found = "", 1
     for number, line in enumerate(text.splitlines(), 1):
-        stripped = line.strip()
-        if stripped.startswith("["):
-            current = stripped.strip("[] ")
-            if current == section:
-                found = number
-        elif re.match(rf"{re.escape(key or section)}\s*=", stripped) and current == (section if key else ""):
+        heading = _HEADING.match(line)
+        here = current == (section if key else "") and re.match(rf"\s*{of_key}\s*=", line)
+        inline = key and not current and re.match(rf"\s*{of_section}\s*(\.\s*{of_key}\s*=|=.*\b{re.escape(key)}\b)", line)
+        if heading:
+            current = heading.group(1)
+            found = number if current == section else found
+        elif here or inline:
             return number
     return found
+
+
+_HEADING = re.compile(r"""\s*\[\s*["']?([^"'\]]*?)["']?\s*\]""")
+
+
+def _word(name: str) -> str:
+    """A pattern for a name in TOML, bare or in quotes."""
+    return rf"""["']?{re.escape(name)}["']?"""

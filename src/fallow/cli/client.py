@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import requests
@@ -21,6 +21,9 @@ LOOPBACK = ("http://127.", "http://localhost:", "http://[::1]:")
 TEXT_BYTES_MAX = 1024 * 1024
 
 
+T = TypeVar("T")
+
+
 class Gateway(msgspec.Struct, frozen=True, kw_only=True):
     """Where to call, with which key."""
 
@@ -30,6 +33,16 @@ class Gateway(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def root(self) -> str:
         return self.base_url.rstrip("/").removesuffix("/v1")
+
+
+class OfferedModel(msgspec.Struct, frozen=True):
+    id: str
+
+
+class Offered(msgspec.Struct, frozen=True):
+    """What of a list of models matters here."""
+
+    data: list[OfferedModel]
 
 
 class StatusDocument(msgspec.Struct, frozen=True, kw_only=True):
@@ -75,6 +88,13 @@ def _ask(gateway: Gateway, path: str, body: dict[str, Any] | None = None, *, wit
     return answer
 
 
+def _read(answer: requests.Response, kind: type[T]) -> T:
+    try:
+        return msgspec.json.decode(answer.content, type=kind)
+    except (msgspec.DecodeError, UnicodeDecodeError, requests.RequestException):
+        raise StartFailed("the gateway answered something that can't be read; is it one?") from None
+
+
 def _said(body: bytes) -> str:
     try:
         return str(msgspec.json.decode(body)["error"]["message"])
@@ -90,10 +110,10 @@ def chat(data: Path | None, base_url: str, text: str, *, model: str, max_tokens:
         if not said.strip() or len(said) > TEXT_BYTES_MAX:
             raise BadSetting("say something, as an argument or on standard input" if not said.strip() else "that is too long: 1 MB at most")
         if not model:
-            offered = msgspec.json.decode(_ask(gateway, "/v1/models").content)["data"]
+            offered = _read(_ask(gateway, "/v1/models"), Offered).data
             if not offered:
                 raise StartFailed("no model is offered now; lend one with `fallow lend`")
-            model = offered[0]["id"]
+            model = offered[0].id
         body: dict[str, Any] = {"model": model, "stream": True, "messages": [{"role": "user", "content": said}]}
         if max_tokens is not None:
             body["max_tokens"] = max_tokens
@@ -141,7 +161,7 @@ def nodes(data: Path | None, base_url: str, *, as_json: bool) -> int:
 
 
 def _nodes(gateway: Gateway) -> list[NodeView]:
-    return msgspec.json.decode(_ask(gateway, "/fallow/nodes").content, type=NodeList).nodes
+    return _read(_ask(gateway, "/fallow/nodes"), NodeList).nodes
 
 
 def _table(found: list[NodeView]) -> None:
@@ -163,7 +183,7 @@ def status(data: Path | None, base_url: str, *, as_json: bool) -> int:
     """`fallow status`."""
     try:
         gateway = find_gateway(data, base_url)
-        about = msgspec.json.decode(_ask(gateway, "/fallow/status").content, type=GatewayStatus)
+        about = _read(_ask(gateway, "/fallow/status"), GatewayStatus)
         found = _nodes(gateway)
     except FallowError as error:
         complain(error)

@@ -82,7 +82,7 @@ def step(watch: Watch, event: Event, *, now_ms: int) -> tuple[Watch, tuple[Effec
         case "loading", Tick() if now_ms > watch.until_ms:
             return replace(watch, phase="stopping", since_ms=now_ms), (Kill("load_too_long"),)
         case "ready", Tick() if _is_stalled(watch, event, now_ms):
-            return replace(watch, phase="stopping", since_ms=now_ms), (Kill("stalled"),)
+            return replace(watch, phase="stopping", since_ms=now_ms, faults=_faults(watch, now_ms)), (Kill("stalled"),)
         case "stopping", Tick() if now_ms - watch.since_ms > STOP_MS:
             return replace(watch, since_ms=now_ms), (Kill("not_stopped"),)
         case "backing_off", Tick() if now_ms >= watch.until_ms:
@@ -96,14 +96,18 @@ def _is_stalled(watch: Watch, tick: Tick, now_ms: int) -> bool:
     return tick.running > 0 and now_ms - max(tick.progress_at_ms, watch.since_ms) > watch.stall_ms
 
 
+def _faults(watch: Watch, now_ms: int) -> int:
+    """The faults that still count."""
+    return 0 if watch.phase == "ready" and now_ms - watch.since_ms >= HEALTHY_MS else watch.faults
+
+
 def _launch(watch: Watch, now_ms: int) -> tuple[Watch, tuple[Effect, ...]]:
     load_ms = LOAD_MS_BASE + LOAD_MS_PER_GIB * watch.weights_bytes // 2**30
     return replace(watch, phase="loading", since_ms=now_ms, until_ms=now_ms + load_ms), (Launch(),)
 
 
 def _back_off(watch: Watch, now_ms: int) -> Watch:
-    healthy = watch.phase == "ready" and now_ms - watch.since_ms >= HEALTHY_MS
-    faults = 1 if healthy else watch.faults + 1
+    faults = _faults(watch, now_ms) + 1
     wait_ms = min(BACK_OFF_MS_MAX, BACK_OFF_MS_MIN * 2 ** min(faults - 1, 10))
     return replace(watch, phase="backing_off", since_ms=now_ms, until_ms=now_ms + wait_ms, faults=faults)
 

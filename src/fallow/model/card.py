@@ -8,7 +8,7 @@ from msgspec import Meta
 from fallow.model.ids import NodeId, OrgId
 from fallow.model.needs import HardwareKind, Isolation, Ring
 
-Word = Annotated[str, Meta(pattern=r"^[ -~]{1,64}$")]
+Word = Annotated[str, Meta(pattern=r"^[ -~]{1,64}\Z")]
 """Printable ASCII: it goes into headers."""
 
 

@@ -87,7 +87,7 @@ class Head(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     """The start of the engine's HTTP answer. `engine_us` is the time from asking the engine to what is sent first."""
 
     status: Annotated[int, Meta(ge=200, le=599)]
-    content_type: Annotated[str, Meta(pattern=r"^[ -~]{1,128}$")]
+    content_type: Annotated[str, Meta(pattern=r"^[ -~]{1,128}\Z")]
     engine_us: Annotated[int, Meta(ge=0)]
 
 

@@ -41,7 +41,7 @@ class Reader(Generic[T]):
             raise WireError(f"the message speaks version {spoken}, this side version {MAJOR}; update the older one")
         try:
             return self._decoder.decode(memoryview(data)[1:])
-        except (msgspec.DecodeError, RecursionError) as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise WireError(f"malformed message: {error}") from None
 
 

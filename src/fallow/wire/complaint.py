@@ -4,8 +4,8 @@ import re
 from typing import Literal, NamedTuple
 
 _AT = re.compile(r" - at `\$\.?([^`]*)`$")
-_MISSING = re.compile(r"^Object missing required field `([^`]+)`")
-_UNKNOWN = re.compile(r"^Object contains unknown field `([^`]+)`")
+_MISSING = re.compile(r"^Object missing required field `(.*)`$", re.DOTALL)
+_UNKNOWN = re.compile(r"^Object contains unknown field `(.*)`$", re.DOTALL)
 
 
 class Complaint(NamedTuple):

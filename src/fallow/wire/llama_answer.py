@@ -12,6 +12,7 @@ _PROGRESS = b'"prompt_progress":'  # unescaped quotes: a key, never a part of so
 _ROLE = b'"delta":{"role":"assistant","content":null}'  # the engine says it as often as it tells of progress
 _USAGE = b'"usage":'
 _ERROR = b'data: {"error":'
+UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
 
 class _Details(msgspec.Struct, frozen=True):
@@ -29,8 +30,8 @@ class _Delta(msgspec.Struct, frozen=True):
     reasoning_content: str | None = None
 
 
-class _Choice(msgspec.Struct, frozen=True):
-    index: int = 0
+class _Choice(msgspec.Struct, frozen=True, kw_only=True):
+    index: int
     delta: _Delta = _Delta()
     text: str = ""
     finish_reason: str | None = None
@@ -44,6 +45,13 @@ class _Chunk(msgspec.Struct, frozen=True):
     system_fingerprint: str | None = None
     usage: dict[str, Any] | None = None
 
+    @property
+    def first_index(self) -> int:
+        """Of the choice that an opening event is about; raises EngineFailed if there is none."""
+        if not self.choices:
+            raise EngineFailed("the engine wrote an event about no choice")
+        return self.choices[0].index
+
 
 _chunk = msgspec.json.Decoder(_Chunk)
 
@@ -51,7 +59,7 @@ _chunk = msgspec.json.Decoder(_Chunk)
 def _read(event: bytes) -> _Chunk:
     try:
         return _chunk.decode(sse.payload(event))
-    except msgspec.DecodeError:
+    except UNREADABLE:
         raise EngineFailed("the engine wrote an event that can't be read") from None
 
 
@@ -60,7 +68,7 @@ def _fields(event: bytes) -> dict[str, Any]:
     try:
         fields: dict[str, Any] = msgspec.json.decode(sse.payload(event), type=dict[str, Any])
         _chunk.decode(sse.payload(event))
-    except msgspec.DecodeError:
+    except UNREADABLE:
         raise EngineFailed("the engine wrote an event that can't be read") from None
     return fields
 
@@ -95,9 +103,11 @@ class StreamedAnswer:
         return b"".join([out for event in self._cutter.feed(chunk) if (out := self._edit(event))])
 
     def _edit(self, event: bytes) -> bytes:
+        if event.startswith(b":"):
+            return b""  # a comment that only keeps the connection alive; we have our own
         if _PROGRESS in event or _ROLE in event:
             fields = _fields(event)
-            index = fields["choices"][0]["index"]
+            index = _read(event).first_index
             if index not in self._opened:
                 self._opening[index] = fields
             return b""
@@ -154,7 +164,7 @@ class WholeAnswer:
     def feed(self, chunk: bytes) -> None:
         """Take in a piece of the stream; raises EngineFailed if the engine says that it failed."""
         for event in self._cutter.feed(chunk):
-            if _PROGRESS in event or _ROLE in event:
+            if event.startswith(b":") or _PROGRESS in event or _ROLE in event:
                 continue
             if event.startswith(_ERROR):
                 raise EngineFailed("the engine broke off its answer")
@@ -226,7 +236,7 @@ def refusal(status: int, body: bytes) -> Failure:
     """What an error answer of the engine means for the caller. Its own words may echo the prompt, so most are not passed on."""
     try:
         error = msgspec.json.decode(body, type=_EngineEnvelope).error
-    except msgspec.DecodeError:
+    except UNREADABLE:
         error = _EngineError()
     if error.type == "exceed_context_size_error":
         text = f"the prompt has {error.n_prompt_tokens} tokens, the model's context on this node {error.n_ctx}"

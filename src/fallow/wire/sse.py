@@ -26,7 +26,7 @@ class EventCutter:
             events.append(buffer[start : end + 2])
             start = end + 2
         self._rest = buffer[start:]
-        if len(self._rest) > EVENT_BYTES_MAX:
+        if max(map(len, [*events, self._rest])) > EVENT_BYTES_MAX:
             raise WireError(f"an event of the engine is over {EVENT_BYTES_MAX} bytes")
         return events
 

@@ -41,13 +41,15 @@ KEY = Subject(pattern="hub.key", sender="gateway", receivers=("hub",), carries=(
 
 TABLE = (REQUEST, BODY, CONTROL, ANSWER, HEARTBEAT, KEY)
 
+ID_MAX = 128
+"""A subject of three ids stays far below the broker's control line."""
 _FORBIDDEN = frozenset(". *>\t\r\n")
 
 
 def token(text: str) -> str:
     """An id as a part of a subject; raises WireError if it could reach beyond its place."""
-    if not text or not text.isascii() or not text.isprintable() or _FORBIDDEN.intersection(text):
-        raise WireError("an id in a subject must be printable ASCII without dots, spaces or wildcards")
+    if not 0 < len(text) <= ID_MAX or not text.isascii() or not text.isprintable() or _FORBIDDEN.intersection(text):
+        raise WireError(f"an id in a subject must be printable ASCII without dots, spaces or wildcards, {ID_MAX} characters at most")
     return text
 
 

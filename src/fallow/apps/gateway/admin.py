@@ -6,7 +6,7 @@ from litestar import Litestar, MediaType, Request, Response, get
 from litestar.exceptions import HTTPException
 from litestar.openapi.config import OpenAPIConfig
 from litestar.openapi.spec import Components, SecurityScheme
-from litestar.params import Parameter
+from litestar.params import HeaderParameter
 
 from fallow import __version__
 from fallow.apps.gateway import docs_page, errors, openapi
@@ -22,7 +22,7 @@ from fallow.model.views import GatewayStatus, Health, NodeList, NodeView, OfferV
 from fallow.ports import Bus, Clock
 from fallow.wire import openai as wire
 
-Authorization = Annotated[str, Parameter(header="authorization", required=False, default="", description="`Bearer KEY`")]
+Authorization = Annotated[str, HeaderParameter(name="authorization", required=False, description="`Bearer KEY`")]
 
 
 class Admin:
@@ -93,12 +93,12 @@ def make_admin(admin: Admin) -> Litestar:
         return admin.metrics.text().decode()
 
     @get("/fallow/nodes", summary="The nodes on the roster", tags=["network"])
-    async def nodes(authorization: Authorization) -> NodeList:
+    async def nodes(authorization: Authorization = "") -> NodeList:
         await admin.keys.check(authorization.encode("latin-1", "replace"))
         return NodeList(nodes=admin.nodes())
 
     @get("/fallow/status", summary="How this gateway is", tags=["network"])
-    async def status(authorization: Authorization) -> GatewayStatus:
+    async def status(authorization: Authorization = "") -> GatewayStatus:
         await admin.keys.check(authorization.encode("latin-1", "replace"))
         return GatewayStatus(
             gateway_id=admin.exchange.gateway_id,

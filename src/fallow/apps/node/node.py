@@ -52,6 +52,7 @@ class Node:
             await until.wait()
             await self._leave()
             self._give_up()
+            self._group = None
             for task in background:
                 task.cancel()
 
@@ -77,6 +78,8 @@ class Node:
 
     # what comes from gateways
     def _on_request(self, delivery: Delivery) -> None:
+        if self._group is None:
+            return  # we have left; the asker's silence timer sees to it
         try:
             request = codec.request.read(delivery.data)
         except WireError as error:
@@ -124,7 +127,7 @@ class Node:
         self._bodies_bytes -= job.request.body_bytes
 
     def _accept(self, job: Job) -> None:
-        if not job.outlet.has_said and job.task is not None and not job.task.done():
+        if self._group is not None and not job.outlet.has_said and job.task is not None and not job.task.done():
             self._spawn(_quietly(job.outlet.say_accepted))
 
     def _on_body(self, delivery: Delivery) -> None:

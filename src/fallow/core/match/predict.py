@@ -11,6 +11,8 @@ from fallow.model.needs import Needs
 PREFILL_TOKENS_PER_S_GUESS = 50.0
 DECODE_TOKENS_PER_S_GUESS = 8.0
 """For an offer that nobody measured: a slow machine, so that a measured one is preferred."""
+TOKENS_PER_S_MIN = 1e-3
+"""Slower than that is as good as never, and the arithmetic stays finite."""
 OUTPUT_TOKENS_GUESS = 256
 CERTAINTY_MEASURED = 0.8
 CERTAINTY_GUESSED = 0.3
@@ -27,8 +29,8 @@ class Prediction(NamedTuple):
 def predict(needs: Needs, candidate: Candidate) -> Prediction:
     """The times to expect if the call were sent now."""
     speed = candidate.offer.speed
-    prefill = speed.prefill_tokens_per_s or PREFILL_TOKENS_PER_S_GUESS
-    decode = speed.decode_tokens_per_s or DECODE_TOKENS_PER_S_GUESS
+    prefill = max(TOKENS_PER_S_MIN, speed.prefill_tokens_per_s or PREFILL_TOKENS_PER_S_GUESS)
+    decode = max(TOKENS_PER_S_MIN, speed.decode_tokens_per_s or DECODE_TOKENS_PER_S_GUESS)
     output = min(needs.output_tokens_max or OUTPUT_TOKENS_GUESS, candidate.offer.context_tokens)
     slots = max(1, candidate.offer.slots)
     sharing = 1 + min(candidate.running, slots - 1)  # streams that decode together share the machine

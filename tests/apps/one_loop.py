@@ -1,0 +1,437 @@
+"""A gateway, a hub's key desk and nodes in one event loop, on a bus in memory, with engines that do what a test says."""
+
+import asyncio
+import contextlib
+import time
+import warnings
+from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping, Sequence
+from types import TracebackType
+from typing import Any, Self
+
+import msgspec
+
+from fallow.adapters.memory_bus import MemoryBroker, MemoryBus
+from fallow.apps.hub.main import KeyDesk
+from fallow.apps.node.node import Node
+from fallow.apps.node.served import EVENTS, JSON, Piece, load_of
+from fallow.model import messages as m
+from fallow.model.card import Card, Hardware
+from fallow.model.errors import Failure
+from fallow.model.ids import AttemptId, CallId, GatewayId, KeyId, NodeId, OrgId
+from fallow.model.offer import Load, Offer, Price, Speed
+from fallow.model.receipt import Usage
+from fallow.wire import codec, subjects
+from fallow.wire.openai import CHAT, COMPLETIONS
+
+with warnings.catch_warnings():  # its own test says that this import warns
+    warnings.simplefilter("ignore", DeprecationWarning)
+    from fallow.apps.gateway.main import Gateway
+
+MODEL = "tiny"
+KEY = "fk-test"
+ORG = OrgId("home")
+GATEWAY = GatewayId("gw-1")
+POLL_S = 0.002
+WITHIN_S = 5.0
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Any]
+Play = Callable[[bytes], AsyncIterator[bytes]]
+
+
+async def until(said: Callable[[], Any], *, what: str = "it", within_s: float = WITHIN_S) -> None:
+    """Poll until `said()` is true; the bound is only there so that a broken build ends."""
+    deadline = time.monotonic() + within_s
+    while not said():
+        assert time.monotonic() < deadline, f"{what} did not happen within {within_s:g} s"
+        await asyncio.sleep(POLL_S)
+
+
+async def turns(count: int = 30) -> None:
+    """Let everything that is ready to run do so."""
+    for _ in range(count):
+        await asyncio.sleep(0)
+
+
+class FakeClock:
+    """A clock that moves when told."""
+
+    def __init__(self) -> None:
+        self._ms = 1_000_000
+
+    def now_ms(self) -> int:
+        return self._ms
+
+    def wall_ms(self) -> int:
+        return 1_700_000_000_000 + self._ms
+
+    def advance(self, ms: int) -> None:
+        self._ms += ms
+
+
+def card_of(node_id: str, *, sequence: int = 1) -> Card:
+    return Card(
+        node_id=NodeId(node_id),
+        org_id=ORG,
+        sequence=sequence,
+        expires_at_ms=2**50,
+        hardware=Hardware(kind="cpu", isa="x86_64-avx2", cores=4, memory_bytes=2**33),
+        isolation="none",
+        region="here",
+        serves=frozenset({"own", "partner"}),
+    )
+
+
+def offer_of(node_id: str, *, model: str = MODEL, slots: int = 2, speed: Speed | None = None) -> Offer:
+    return Offer(
+        node_id=NodeId(node_id),
+        model=model,
+        paths=frozenset({CHAT, COMPLETIONS}),
+        context_tokens=2048,
+        model_digest="",
+        speed=speed or Speed(),
+        price=Price(),
+        slots=slots,
+        expires_at_ms=2**50,
+    )
+
+
+def beat_of(node_id: str, sequence: int = 1, *, offers: tuple[Offer, ...] | None = None, state: m.NodeState = "run") -> m.Heartbeat:
+    """A heartbeat with everything in it, of a node that is idle."""
+    return m.Heartbeat(
+        node_id=NodeId(node_id),
+        sequence=sequence,
+        state=state,
+        card_sequence=1,
+        loads=(load_of(MODEL, 2, 2, 0),),
+        card=card_of(node_id),
+        offers=offers if offers is not None else (offer_of(node_id),),
+    )
+
+
+def request_of(attempt_id: str, *, gateway_id: str = "gw-other", body: bytes = b"{}", body_bytes: int | None = None) -> m.Request:
+    """A request as another gateway sends it."""
+    return m.Request(
+        attempt_id=AttemptId(attempt_id),
+        call_id=CallId("call_" + attempt_id),
+        gateway_id=GatewayId(gateway_id),
+        org_id=ORG,
+        key_id=KeyId("key-1"),
+        path=CHAT,
+        model=MODEL,
+        stream=False,
+        body_bytes=len(body) if body_bytes is None else body_bytes,
+        body=body,
+    )
+
+
+class FakeAnswer:
+    """What a FakeServed answers: the pieces of its script, and an end."""
+
+    def __init__(self, script: AsyncIterator[bytes], *, stream: bool, usage: Usage | None) -> None:
+        self._script = script
+        self._stream = stream
+        self.usage = usage
+
+    def head(self) -> m.Head:
+        return m.Head(status=200, content_type=EVENTS if self._stream else JSON, engine_us=0)
+
+    async def pieces(self) -> AsyncIterator[Piece]:
+        async for data in self._script:
+            yield Piece(data)
+        yield Piece(b"", is_last=True)
+
+
+async def hello(body: bytes) -> AsyncIterator[bytes]:
+    """The script of an engine that answers at once, in two pieces."""
+    if b'"stream":true' in body:
+        yield b'data: {"n":1}\n\n'
+        yield b"data: [DONE]\n\n"
+    else:
+        yield b'{"text":'
+        yield b'"hello"}'
+
+
+class FakeServed:
+    """A model whose answers are a script. `inside` counts the calls that are in the engine now."""
+
+    def __init__(self, play: Play = hello, *, slots: int = 2, waiting_max: int = 2) -> None:
+        self.model = MODEL
+        self.play = play
+        self.slots = slots
+        self.waiting_max = waiting_max
+        self.gate = asyncio.Semaphore(slots)
+        self.usage = Usage(prompt_tokens=7, output_tokens=3)
+        self.bodies: list[bytes] = []
+        self.inside = 0
+        self.seems_idle = False
+        self.not_ready: Failure | None = None
+
+    def offer(self, node_id: NodeId, expires_at_ms: int) -> Offer:
+        return msgspec.structs.replace(offer_of(node_id, slots=self.slots), expires_at_ms=expires_at_ms)
+
+    def load(self, *, running: int) -> Load:
+        return load_of(self.model, self.slots, self.waiting_max, 0 if self.seems_idle else running)
+
+    async def run(self) -> None:
+        await asyncio.Event().wait()
+
+    async def ready(self) -> Failure | None:
+        return self.not_ready
+
+    @contextlib.asynccontextmanager
+    async def ask(self, path: str, body: bytes) -> AsyncIterator[FakeAnswer]:
+        self.bodies.append(body)
+        self.inside += 1
+        try:
+            yield FakeAnswer(self.play(body), stream=b'"stream":true' in body, usage=self.usage)
+        finally:
+            self.inside -= 1
+
+
+class Endless:
+    """The script of an engine that writes on until it is stopped, or until `enough` is set."""
+
+    def __init__(self, piece: bytes = b'data: {"n":1}\n\n') -> None:
+        self.piece = piece
+        self.wrote = 0
+        self.enough = asyncio.Event()
+
+    async def __call__(self, body: bytes) -> AsyncIterator[bytes]:
+        while not self.enough.is_set():
+            yield self.piece
+            self.wrote += 1
+            await asyncio.sleep(POLL_S)
+
+
+class Asgi:
+    """One HTTP request to an ASGI app, and how its caller behaves. Breaking ASGI's order of messages fails the test."""
+
+    def __init__(self, app: App, path: str, body: bytes | Sequence[bytes], headers: dict[str, str], method: str) -> None:
+        parts = [body] if isinstance(body, bytes) else list(body)
+        self._incoming = [{"type": "http.request", "body": p, "more_body": n < len(parts)} for n, p in enumerate(parts, 1)]
+        self.parts_sent = 0
+        self.parts_max = len(parts)
+        self.status = 0
+        self.headers: dict[str, str] = {}
+        self.chunks: list[bytes] = []
+        self.whole = asyncio.Event()
+        self.gone = asyncio.Event()
+        self.reads = asyncio.Event()
+        self.reads.set()
+        given = {"content-length": str(sum(map(len, parts))), **headers}
+        scope: Scope = {
+            "type": "http",
+            "asgi": {"version": "3.0", "spec_version": "2.3"},
+            "http_version": "1.1",
+            "method": method,
+            "scheme": "http",
+            "path": path,
+            "raw_path": path.encode(),
+            "query_string": b"",
+            "root_path": "",
+            "headers": [(name.lower().encode(), value.encode("latin-1")) for name, value in given.items()],
+            "client": ("127.0.0.1", 1),
+            "server": ("127.0.0.1", 2),
+        }
+        self.task: asyncio.Task[None] = asyncio.ensure_future(app(scope, self._receive, self._send))
+
+    async def _receive(self) -> MutableMapping[str, Any]:
+        if self._incoming and self.parts_sent < self.parts_max and not self.gone.is_set():
+            self.parts_sent += 1
+            return self._incoming.pop(0)
+        over = [asyncio.ensure_future(event.wait()) for event in (self.gone, self.whole)]
+        try:
+            await asyncio.wait(over, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for one in over:
+                one.cancel()
+        return {"type": "http.disconnect"}
+
+    async def _send(self, message: MutableMapping[str, Any]) -> None:
+        if self.gone.is_set():
+            return
+        if message["type"] == "http.response.start":
+            assert not self.status, "an answer starts once"
+            self.status = message["status"]
+            self.headers = {name.decode().lower(): value.decode() for name, value in message["headers"]}
+            return
+        assert message["type"] == "http.response.body"
+        assert self.status, "the head comes before the body"
+        assert not self.whole.is_set(), "nothing comes after the end"
+        await self.reads.wait()
+        if message.get("body"):
+            self.chunks.append(message["body"])
+        if not message.get("more_body", False):
+            self.whole.set()
+
+    @property
+    def body(self) -> bytes:
+        return b"".join(self.chunks)
+
+    @property
+    def json(self) -> Any:
+        return msgspec.json.decode(self.body)
+
+    @property
+    def code(self) -> str:
+        """The error's code."""
+        return str(self.json["error"]["code"])
+
+    async def leave(self) -> None:
+        """The caller closes the connection; returns when the app is done with it."""
+        self.gone.set()
+        await self.done()
+
+    async def done(self) -> Self:
+        """Until the app returns; what it raised is raised here."""
+        async with asyncio.timeout(WITHIN_S):
+            await self.task
+        return self
+
+
+class PlayedNode:
+    """A node that a test plays by hand: it takes requests and says what it's told."""
+
+    def __init__(self, bus: MemoryBus, node_id: str) -> None:
+        self._bus = bus
+        self.node_id = node_id
+        self.requests: asyncio.Queue[m.Request] = asyncio.Queue()
+        self.bodies: list[m.BodyPart] = []
+        self.heard: list[m.Message] = []
+        self.sequence = 0
+
+    async def start(self) -> None:
+        node_id = NodeId(self.node_id)
+        await self._bus.subscribe(subjects.request(node_id), lambda d: self.requests.put_nowait(codec.request.read(d.data)))
+        await self._bus.subscribe(subjects.bodies(node_id), lambda d: self.bodies.append(codec.body_part.read(d.data)))
+        await self._bus.subscribe(subjects.control(node_id), lambda d: self.heard.append(codec.to_node.read(d.data)))
+        await self.beat()
+
+    async def beat(self, state: m.NodeState = "run") -> None:
+        self.sequence += 1
+        await self._bus.publish(f"hb.{self.node_id}", codec.encode(beat_of(self.node_id, self.sequence, state=state)))
+
+    async def request(self) -> m.Request:
+        async with asyncio.timeout(WITHIN_S):
+            return await self.requests.get()
+
+    async def say(self, request: m.Request, message: m.Message, *, node_id: str = "") -> None:
+        subject = subjects.answer(request.gateway_id, NodeId(node_id or self.node_id), request.attempt_id)
+        await self._bus.publish(subject, codec.encode(message))
+
+    def heard_of(self, kind: type[m.Message]) -> list[m.Message]:
+        return [message for message in self.heard if isinstance(message, kind)]
+
+
+class Overheard(MemoryBroker):
+    """A broker that remembers what was sent."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sent: list[tuple[str, bytes]] = []
+
+    def send(self, subject: str, reply: str, data: bytes) -> None:
+        self.sent.append((subject, data))
+        super().send(subject, reply, data)
+
+    def sent_to(self, subject: str) -> list[bytes]:
+        """What went to subjects that begin so."""
+        return [data for to, data in self.sent if to.startswith(subject)]
+
+
+class Network:
+    """Everything, joined by one MemoryBroker. Faults that ended up in the event loop's log fail the test."""
+
+    def __init__(self) -> None:
+        self.broker = Overheard()
+        self.clock = FakeClock()
+        self.bus = MemoryBus(self.broker)
+        self.hub_bus = MemoryBus(self.broker)
+        self.hand = MemoryBus(self.broker)
+        with warnings.catch_warnings():  # as above
+            warnings.simplefilter("ignore", DeprecationWarning)
+            self.gateway = Gateway(GATEWAY, self.bus, self.clock)
+        self.node_clocks: dict[str, FakeClock] = {}
+        self.faults: list[dict[str, Any]] = []
+        self._stops: list[tuple[asyncio.Event, asyncio.Task[None]]] = []
+        self._desk_group = asyncio.TaskGroup()
+
+    async def __aenter__(self) -> Self:
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: self.faults.append(context))
+        await self._desk_group.__aenter__()
+        await KeyDesk(self.hub_bus, KEY, ORG).start(self._desk_group)
+        self._start(self.gateway.run)
+        await turns()
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for stop, _ in reversed(self._stops):
+            stop.set()
+        ended = await asyncio.gather(*(task for _, task in self._stops), return_exceptions=True)
+        await self._desk_group.__aexit__(None, None, None)
+        await turns()
+        asyncio.get_running_loop().set_exception_handler(None)
+        if error is None:
+            assert [e for e in ended if e is not None] == []
+            assert self.faults == []
+
+    def _start(self, run: Callable[[asyncio.Event], Any]) -> tuple[asyncio.Event, "asyncio.Task[None]"]:
+        stop = asyncio.Event()
+        self._stops.append((stop, asyncio.ensure_future(run(stop))))
+        return self._stops[-1]
+
+    @property
+    def gateway_runs(self) -> bool:
+        return not self._stops[0][1].done()
+
+    async def add(self, node_id: str, served: FakeServed) -> tuple[asyncio.Event, "asyncio.Task[None]"]:
+        """A node that the gateway knows; returns what stops it and the task that it is."""
+        clock = self.node_clocks[node_id] = FakeClock()
+        node = Node(card_of(node_id), [served], MemoryBus(self.broker), clock)
+        running = self._start(node.run)
+        await self.knows(node_id)
+        return running
+
+    async def play(self, node_id: str) -> PlayedNode:
+        """A node that the test plays."""
+        node = PlayedNode(MemoryBus(self.broker), node_id)
+        await node.start()
+        await self.knows(node_id)
+        return node
+
+    async def knows(self, *node_ids: str) -> None:
+        await until(lambda: set(node_ids) <= {c.offer.node_id for c in self.gateway.roster.candidates()}, what=f"{node_ids} on the roster")
+
+    def ask(
+        self,
+        *,
+        stream: bool = False,
+        text: str = "hi",
+        path: str = CHAT,
+        key: str = KEY,
+        body: bytes | Sequence[bytes] | None = None,
+        method: str = "POST",
+    ) -> Asgi:
+        """A call of the gateway."""
+        if body is None:
+            body = msgspec.json.encode({"model": MODEL, "stream": stream, "messages": [{"role": "user", "content": text}]})
+        headers = {"authorization": f"Bearer {key}"} if key else {}
+        return Asgi(self.gateway.app, path, body, headers, method)
+
+    async def get(self, path: str, *, key: str = KEY) -> Asgi:
+        return await self.ask(path=path, body=b"", method="GET", key=key).done()
+
+    async def works_again(self) -> None:
+        """A call is answered once the next heartbeat has told that there is room."""
+        deadline = time.monotonic() + WITHIN_S / 2
+        while (call := await self.ask().done()).status != 200:
+            assert time.monotonic() < deadline, call.body
+            await asyncio.sleep(POLL_S)
+
+    async def works(self) -> None:
+        """Whether a call is answered as it should be."""
+        call = await self.ask().done()
+        assert (call.status, call.body) == (200, b'{"text":"hello"}'), call.body

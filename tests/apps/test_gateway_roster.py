@@ -1,0 +1,314 @@
+"""What a gateway believes: which nodes there are, whose keys it is shown, and nothing of what is nonsense."""
+
+import asyncio
+import math
+from typing import TYPE_CHECKING
+
+import msgspec
+import pytest
+
+from fallow.adapters.memory_bus import MemoryBus
+from fallow.apps.gateway import keys
+from fallow.apps.hub.main import KeyDesk
+from fallow.core import credit
+from fallow.model import messages as m
+from fallow.model.errors import InvalidApiKey
+from fallow.model.ids import AttemptId, NodeId, OrgId
+from fallow.model.offer import Offer, Price, Speed
+from fallow.model.receipt import Usage
+from fallow.wire import codec, subjects
+
+if TYPE_CHECKING:  # the same file under the two names by which mypy and pytest know it
+    from tests.apps.one_loop import KEY, FakeServed, Network, beat_of, offer_of, request_of, turns, until
+else:
+    from one_loop import KEY, FakeServed, Network, beat_of, offer_of, request_of, turns, until
+
+pytestmark = pytest.mark.anyio
+
+JSON_HEAD = m.Head(status=200, content_type="application/json", engine_us=5)
+EVENTS_HEAD = m.Head(status=200, content_type="text/event-stream", engine_us=5)
+
+
+# the roster
+async def test_a_node_that_says_it_leaves_is_forgotten() -> None:
+    async with Network() as network:
+        node = await network.play("node-h")
+        await node.beat("leave")
+        await turns()
+        assert network.gateway.roster.members() == {}
+        refused = await network.ask().done()
+        assert (refused.status, refused.code, refused.headers["fallow-attempts"]) == (503, "no_node", "0")
+
+
+async def test_a_node_that_falls_silent_is_forgotten() -> None:
+    async with Network() as network:
+        node = await network.play("node-h")
+        network.clock.advance(5_000)
+        await node.beat()
+        await turns()
+        network.clock.advance(5_000)
+        await asyncio.sleep(0.15)  # one sweep
+        assert set(network.gateway.roster.members()) == {"node-h"}
+        network.clock.advance(3_000)
+        await until(lambda: not network.gateway.roster.members())
+
+
+async def test_a_heartbeat_that_names_another_node_than_its_subject_is_ignored() -> None:
+    async with Network() as network:
+        await network.add("node-b", FakeServed())
+        await network.hand.publish("hb.node-a", codec.encode(beat_of("node-b", 2**60, state="leave")))
+        await network.hand.publish("hb.node-a", codec.encode(beat_of("node-c")))
+        await turns()
+        assert set(network.gateway.roster.members()) == {"node-b"}
+        await network.works()
+
+
+async def test_an_old_heartbeat_changes_nothing() -> None:
+    async with Network() as network:
+        node = await network.play("node-h")
+        await node.beat()
+        await network.hand.publish("hb.node-h", codec.encode(beat_of("node-h", 1, state="leave", offers=())))
+        await turns()
+        assert len(network.gateway.roster.candidates()) == 1
+
+
+async def test_a_stranger_is_asked_for_its_card_before_it_gets_work() -> None:
+    async with Network() as network:
+        node = await network.play("node-h")
+        await node.beat("leave")
+        beat = m.Heartbeat(node_id=NodeId("node-h"), sequence=9, state="run", card_sequence=1, loads=())
+        await network.hand.publish("hb.node-h", codec.encode(beat))
+        await turns()
+        assert network.gateway.roster.candidates() == []
+        await until(lambda: node.heard_of(m.Introduce))
+        assert node.heard_of(m.Introduce) == [m.Introduce(gateway_id=network.gateway.exchange.gateway_id)]
+
+
+# nonsense
+GARBAGE = [
+    b"",
+    b"\x00",
+    b"\x01",
+    b"\x02" + codec.encode(m.Alive())[1:],
+    b"\x01" + b"\x91" * 50_000,
+    b"\xff" * 300,
+    b"{}",
+    codec.encode(beat_of("node-a"))[:-5],
+    codec.encode(request_of("x"))[:-1],
+    codec.encode(m.Final(index=0))[:-1],
+]
+SUBJECTS = [
+    "n.node-a.req",
+    "n.node-a.body.x",
+    "n.node-a.ctl",
+    "hb.node-a",
+    "hub.key",
+    "rsp.gw-1.node-a.x",
+    "rsp.gw-1.x",
+    "rsp.gw-1.a.b.c.d",
+]
+KINDS: list[m.Message] = [
+    request_of("x"),
+    m.BodyPart(offset=0, data=b"x"),
+    m.Cancel(attempt_id=AttemptId("x")),
+    m.Credit(attempt_id=AttemptId("x"), until_bytes=2**40),
+    m.Lease(gateway_id=request_of("x").gateway_id, attempt_ids=(AttemptId("x"),)),
+    m.Accepted(),
+    m.Part(index=0, data=b"x"),
+    m.Final(index=0, data=b"x"),
+    m.Alive(),
+    m.KeyQuery(key_digest=b"x"),
+    m.KeyAnswer(),
+]
+
+
+@pytest.mark.parametrize("subject", SUBJECTS)
+async def test_garbage_changes_nothing(subject: str) -> None:
+    async with Network() as network:
+        served = FakeServed()
+        await network.add("node-a", served)
+        before = network.gateway.roster.candidates()
+        for data in [*GARBAGE, *map(codec.encode, KINDS)]:
+            if subject != "n.node-a.req" or data != codec.encode(request_of("x")):
+                await network.hand.publish(subject, data, "rsp.gw-1.node-a.x")
+                await network.hand.publish(subject, data)
+        await turns()
+        assert network.gateway_runs
+        after = network.gateway.roster.candidates()
+        assert [(c.offer.node_id, c.load, c.elsewhere) for c in after] == [(c.offer.node_id, c.load, c.elsewhere) for c in before]
+        await network.works()
+        assert len(served.bodies) == 1
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("data", [*GARBAGE, codec.encode(m.KeyAnswer()), codec.encode(beat_of("node-h"))])
+async def test_garbage_in_the_middle_of_an_answer_breaks_the_attempt(data: bytes, stream: bool) -> None:
+    """From the node that was asked; what others say is no part of the answer."""
+    async with Network() as network:
+        node = await network.play("node-h")
+        call = network.ask(stream=stream)
+        request = await node.request()
+        await node.say(request, m.Part(index=0, data=b"one ", head=EVENTS_HEAD))
+        await network.hand.publish(subjects.answer(request.gateway_id, NodeId("node-x"), request.attempt_id), data)
+        await turns()
+        assert network.gateway.exchange.under_way == 1
+        await network.hand.publish(subjects.answer(request.gateway_id, NodeId("node-h"), request.attempt_id), data)
+        await call.done()
+        if stream:
+            assert call.chunks[0] == b"one "
+            assert b'"stream_interrupted"' in call.chunks[1]
+        else:
+            assert (call.status, call.code) == (502, "answer_malformed")
+        await turns()
+        assert node.heard_of(m.Cancel) == [m.Cancel(attempt_id=request.attempt_id)]
+
+
+async def test_a_node_that_sends_more_than_it_was_granted_is_cut_off() -> None:
+    """Else a slow reader's answer would pile up in the gateway."""
+    async with Network() as network:
+        node = await network.play("node-h")
+        call = network.ask(stream=True)
+        call.reads.clear()
+        request = await node.request()
+        part = b"x" * subjects.PART_BYTES_MAX
+        for index in range(2 + 2 * credit.ANSWER_WINDOW_BYTES // len(part)):
+            await node.say(request, m.Part(index=index, data=part, head=None if index else EVENTS_HEAD))
+        await turns()
+        call.reads.set()
+        await call.done()
+        assert b'"stream_interrupted"' in call.chunks[-1]
+        assert len(call.body) <= credit.ANSWER_WINDOW_BYTES + 2 * len(part)
+
+
+@pytest.mark.parametrize("node_id", ["nöde", "no*de", "no de"])
+async def test_a_heartbeat_whose_name_fits_no_subject_does_not_end_the_gateway(node_id: str) -> None:
+    async with Network() as network:
+        await network.add("node-a", FakeServed())
+        beat = m.Heartbeat(node_id=NodeId(node_id), sequence=1, state="run", card_sequence=1, loads=())
+        await network.hand.publish(f"hb.{node_id}", codec.encode(beat))
+        await asyncio.sleep(0.15)  # one sweep
+        assert network.gateway_runs
+        await network.works()
+
+
+@pytest.mark.parametrize(
+    "offer",
+    [
+        pytest.param(offer_of("ghost"), id="for another node"),
+        pytest.param(offer_of("no.de"), id="for a name that fits no subject"),
+        pytest.param(offer_of("node-a", speed=Speed(decode_tokens_per_s=math.nan)), id="at a speed that isn't a number"),
+        pytest.param(offer_of("node-a", speed=Speed(decode_tokens_per_s=-1.0)), id="at a negative speed"),
+        pytest.param(msgspec.structs.replace(offer_of("node-a"), price=Price(output_micro_per_munit=-5)), id="at a negative price"),
+    ],
+)
+async def test_an_absurd_offer_is_not_believed(offer: Offer) -> None:
+    async with Network() as network:
+        await network.add("node-b", FakeServed())
+        await network.hand.publish("hb.node-a", codec.encode(beat_of("node-a", offers=(offer,))))
+        await turns()
+        call = await network.ask().done()
+        assert (call.status, call.headers["fallow-node"], call.headers["fallow-attempts"]) == (200, "node-b", "1")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    "head",
+    [
+        pytest.param(None, id="missing"),
+        pytest.param(m.Head(status=42, content_type="a/b", engine_us=1), id="no status"),
+        pytest.param(m.Head(status=200, content_type="a/b\r\nx: y", engine_us=1), id="two headers in one"),
+        pytest.param(m.Head(status=200, content_type="a/ł", engine_us=1), id="no Latin-1"),
+    ],
+)
+async def test_an_answer_with_a_wrong_head_is_a_failed_attempt(head: m.Head | None, stream: bool) -> None:
+    async with Network() as network:
+        node = await network.play("node-h")
+        call = network.ask(stream=stream)
+        await node.say(await node.request(), m.Final(index=0, data=b"{}", head=head))
+        await call.done()
+        assert call.status == 502
+        assert call.headers["content-type"] == "application/json"
+        assert call.code
+
+
+async def test_a_usage_below_zero_breaks_no_counter() -> None:
+    async with Network() as network:
+        node = await network.play("node-h")
+        call = network.ask()
+        usage = Usage(prompt_tokens=-1, output_tokens=-1)
+        await node.say(await node.request(), m.Final(index=0, data=b"{}", head=JSON_HEAD, usage=usage))
+        await call.done()
+        assert b"fallow_calls_total" in (await network.get("/metrics")).body
+
+
+# keys
+@pytest.mark.parametrize(("key", "code"), [("fk-wrong", "invalid_api_key"), ("", "invalid_api_key"), ("k" * 300, "invalid_api_key")])
+async def test_a_key_that_nobody_knows(key: str, code: str) -> None:
+    async with Network() as network:
+        served = FakeServed()
+        await network.add("node-a", served)
+        call = await network.ask(key=key).done()
+        assert (call.status, call.code) == (401, code)
+        assert served.bodies == []
+
+
+async def test_known_keys_work_while_the_hub_is_away_and_others_do_not() -> None:
+    async with Network() as network:
+        await network.add("node-a", FakeServed())
+        await network.works()
+        await network.hub_bus.close()
+        await network.works()
+        call = await network.ask(key="fk-other").done()
+        assert (call.status, call.code) == (503, "broker_lost")
+        assert int(call.headers["retry-after"]) >= 1
+        assert len(network.broker.sent_to("hub.key")) == 2
+
+
+async def test_the_hub_is_asked_once_for_a_key() -> None:
+    async with Network() as network:
+        await network.add("node-a", FakeServed())
+        for _ in range(3):
+            await network.works()
+        assert len(network.broker.sent_to("hub.key")) == 1
+        assert KEY.encode() not in b"".join(data for _, data in network.broker.sent), "the key itself stays at the gateway"
+
+
+@pytest.mark.parametrize("seen_before", [False, True])
+async def test_many_calls_at_once_with_one_good_key_are_all_let_in(seen_before: bool) -> None:
+    async with Network() as network:
+        if seen_before:
+            await network.gateway.keys.check(f"Bearer {KEY}".encode())
+            network.clock.advance(keys.FRESH_MS + 1)
+        await network.add("node-a", FakeServed(slots=200))
+        calls = [network.ask() for _ in range(100)]
+        statuses = [(await call.done()).status for call in calls]
+        assert statuses.count(200) == 100, f"{statuses.count(503)} were turned away"
+
+
+async def test_a_known_key_is_asked_for_again_after_a_minute_but_stays_good_without_the_hub() -> None:
+    async with Network() as network:
+        authorization = f"Bearer {KEY}".encode()
+        grant = await network.gateway.keys.check(authorization)
+        assert network.gateway.keys.recall(authorization) == grant
+        network.clock.advance(keys.FRESH_MS + 1)
+        assert network.gateway.keys.recall(authorization) is None
+        assert await network.gateway.keys.check(authorization) == grant
+        assert len(network.broker.sent_to("hub.key")) == 2
+        await network.hub_bus.close()
+        network.clock.advance(keys.FRESH_MS + 1)
+        assert await network.gateway.keys.check(authorization) == grant
+
+
+async def test_a_key_that_becomes_known_is_let_in_after_a_moment() -> None:
+    """That nobody knows a key is remembered for two seconds only: keys are made while gateways run."""
+    async with Network() as network:
+        for _ in range(2):
+            with pytest.raises(InvalidApiKey):
+                await network.gateway.keys.check(b"Bearer fk-new")
+        assert len(network.broker.sent_to("hub.key")) == 1
+        await network.hub_bus.close()
+        new_hub = MemoryBus(network.broker)
+        async with asyncio.TaskGroup() as group:
+            await KeyDesk(new_hub, "fk-new", OrgId("other")).start(group)
+            network.clock.advance(keys.UNKNOWN_FRESH_MS + 1)
+            assert (await network.gateway.keys.check(b"Bearer fk-new")).org_id == "other"

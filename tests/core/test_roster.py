@@ -1,0 +1,217 @@
+"""What a gateway believes of a node: beats out of order, changed cards, silence and farewells."""
+
+from typing import Literal
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from msgspec.structs import replace
+
+from fallow.core.roster import (
+    BEAT_MS,
+    BEATS_MISSED_MAX,
+    GONE_AFTER_MS,
+    Member,
+    elsewhere,
+    hear,
+    is_consistent,
+    is_gone,
+    is_stranger,
+    load_of,
+)
+from fallow.model.card import Card, Hardware
+from fallow.model.ids import NodeId, OrgId
+from fallow.model.messages import Heartbeat, NodeState
+from fallow.model.offer import Load, Offer, Price, Speed
+
+PROMISE = settings(derandomize=True, deadline=None, max_examples=100)
+NODE = NodeId("node-a")
+
+
+def card(sequence: int = 1) -> Card:
+    return Card(
+        node_id=NODE,
+        org_id=OrgId("home"),
+        sequence=sequence,
+        expires_at_ms=10**9,
+        hardware=Hardware(kind="cpu", isa="x86_64-avx2", cores=4, memory_bytes=2**33),
+        isolation="none",
+        region="eu-de",
+        serves=frozenset({"own", "partner"}),
+    )
+
+
+def offer(model: str = "tiny", node_id: NodeId = NODE) -> Offer:
+    return Offer(
+        node_id=node_id,
+        model=model,
+        paths=frozenset({"/v1/chat/completions"}),
+        context_tokens=2048,
+        model_digest="",
+        speed=Speed(),
+        price=Price(),
+        slots=2,
+        expires_at_ms=10**9,
+    )
+
+
+def load(model: str = "tiny", waiting: int = 0) -> Load:
+    return Load(model=model, readiness="ready", slots_free=2, waiting=waiting, waiting_max=4)
+
+
+def beat(
+    sequence: int,
+    *,
+    card_sequence: int = 1,
+    full: Card | None = None,
+    offers: tuple[Offer, ...] | None = None,
+    state: NodeState = "run",
+    loads: tuple[Load, ...] = (),
+) -> Heartbeat:
+    return Heartbeat(node_id=NODE, sequence=sequence, state=state, card_sequence=card_sequence, loads=loads, card=full, offers=offers)
+
+
+KNOWN = Member(sequence=10, heard_at_ms=1_000, state="run", card=card(1), offers=(offer(),), loads=(load(),))
+
+
+@pytest.mark.parametrize(
+    ("member", "heard", "then"),
+    [
+        pytest.param(None, beat(1), Member(sequence=1, heard_at_ms=5_000, state="run"), id="a newcomer without its card"),
+        pytest.param(
+            None,
+            beat(1, full=card(1), offers=(offer(),), loads=(load(),)),
+            Member(sequence=1, heard_at_ms=5_000, state="run", card=card(1), offers=(offer(),), loads=(load(),)),
+            id="a newcomer with everything",
+        ),
+        pytest.param(
+            KNOWN,
+            beat(11, loads=(load(waiting=3),)),
+            Member(sequence=11, heard_at_ms=5_000, state="run", card=card(1), offers=(offer(),), loads=(load(waiting=3),)),
+            id="a short beat renews the load and keeps card and offers",
+        ),
+        pytest.param(
+            KNOWN,
+            beat(11, card_sequence=2, loads=(load(),)),
+            Member(sequence=11, heard_at_ms=5_000, state="run", loads=(load(),)),
+            id="another card that we did not get",
+        ),
+        pytest.param(
+            KNOWN,
+            beat(11, card_sequence=2, full=card(2), offers=(offer("big"),)),
+            Member(sequence=11, heard_at_ms=5_000, state="run", card=card(2), offers=(offer("big"),)),
+            id="another card that came along",
+        ),
+        pytest.param(
+            KNOWN,
+            beat(11, full=card(1)),
+            Member(sequence=11, heard_at_ms=5_000, state="run", card=card(1)),
+            id="a card without offers withdraws them",
+        ),
+        pytest.param(
+            KNOWN,
+            beat(11, card_sequence=3, full=card(2), offers=(offer(),)),
+            Member(sequence=11, heard_at_ms=5_000, state="run"),
+            id="a card that isn't the one the beat names",
+        ),
+        pytest.param(
+            KNOWN,
+            beat(500, state="pause"),
+            Member(sequence=500, heard_at_ms=5_000, state="pause", card=card(1), offers=(offer(),)),
+            id="a gap in the sequence does no harm",
+        ),
+    ],
+)
+def test_hear(member: Member | None, heard: Heartbeat, then: Member) -> None:
+    assert hear(member, heard, now_ms=5_000) == then
+
+
+@pytest.mark.parametrize("sequence", [0, 9, 10])
+def test_older_beats_change_nothing(sequence: int) -> None:
+    late = beat(sequence, card_sequence=9, state="leave", full=card(9), offers=())
+    assert hear(KNOWN, late, now_ms=9_000) is KNOWN
+
+
+@PROMISE
+@given(st.lists(st.tuples(st.integers(0, 20), st.sampled_from(["run", "throttle", "pause", "leave"])), min_size=1, max_size=20))
+def test_what_counts_is_the_first_hearing_of_the_newest_beat(beats: list[tuple[int, Literal["run", "throttle", "pause", "leave"]]]) -> None:
+    member = None
+    for at, (sequence, state) in enumerate(beats):
+        member = hear(member, beat(sequence, state=state), now_ms=at)
+    newest = max(sequence for sequence, _ in beats)
+    first = next(at for at, (sequence, _) in enumerate(beats) if sequence == newest)
+    assert member is not None
+    assert (member.sequence, member.heard_at_ms, member.state) == (newest, first, beats[first][1])
+
+
+def test_a_stranger_becomes_known_by_its_card() -> None:
+    stranger = hear(KNOWN, beat(11, card_sequence=2), now_ms=0)
+    assert is_stranger(stranger)
+    assert stranger.offers == ()
+    known = hear(stranger, beat(12, card_sequence=2, full=card(2), offers=(offer(),)), now_ms=1)
+    assert not is_stranger(known)
+    assert known.offers == (offer(),)
+
+
+@pytest.mark.parametrize(
+    ("state", "silent_ms", "gone"),
+    [
+        ("run", 0, False),
+        ("run", BEATS_MISSED_MAX * BEAT_MS, False),  # the third one is only late
+        ("run", GONE_AFTER_MS, False),
+        ("run", GONE_AFTER_MS + 1, True),
+        ("throttle", GONE_AFTER_MS + 1, True),
+        ("pause", GONE_AFTER_MS, False),
+        ("pause", GONE_AFTER_MS + 1, True),
+        ("leave", 0, True),
+    ],
+)
+def test_is_gone(state: NodeState, silent_ms: int, gone: bool) -> None:
+    member = Member(sequence=1, heard_at_ms=77, state=state)
+    assert is_gone(member, now_ms=77 + silent_ms) is gone
+
+
+def test_three_beats_may_be_missed_and_the_fourth_not() -> None:
+    assert BEATS_MISSED_MAX == 3
+    assert 3 * BEAT_MS < GONE_AFTER_MS < 4 * BEAT_MS
+
+
+def test_load_of() -> None:
+    member = Member(sequence=1, heard_at_ms=0, state="run", loads=(load("tiny"), load("big", waiting=2)))
+    assert load_of(member, "big") == load("big", waiting=2)
+    assert load_of(member, "absent") is None
+
+
+OTHER = NodeId("node-b")
+
+
+@pytest.mark.parametrize(
+    ("heard", "consistent"),
+    [
+        (beat(1), True),
+        (beat(1, full=card(), offers=()), True),
+        (beat(1, full=card(), offers=(offer("tiny"), offer("big"))), True),
+        (beat(1, full=replace(card(), node_id=OTHER)), False),
+        (beat(1, full=card(), offers=(offer("tiny"), offer("big", OTHER))), False),  # it would get another node's calls
+        (beat(1, offers=(offer("tiny", OTHER),)), False),
+    ],
+)
+def test_a_node_speaks_only_for_itself(heard: Heartbeat, consistent: bool) -> None:
+    assert is_consistent(heard) is consistent
+
+
+@pytest.mark.parametrize(
+    ("free", "waiting", "ours", "others"),
+    [
+        (2, 0, 0, 0),
+        (0, 0, 0, 2),
+        (0, 3, 0, 5),
+        (0, 3, 4, 1),
+        (1, 0, 1, 0),
+        (2, 0, 1, 0),  # ours ended before the node said so
+        (5, 0, 0, 0),  # more free than there are
+    ],
+)
+def test_elsewhere(free: int, waiting: int, ours: int, others: int) -> None:
+    busy = replace(load(waiting=waiting), slots_free=free)
+    assert elsewhere(offer(), busy, ours_at_beat=ours) == others

@@ -1,0 +1,443 @@
+"""Messages to bytes and back: nothing is lost, newer writers are understood, and hostile bytes meet one kind of error."""
+
+import types
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal, NewType, Union, get_args, get_origin, get_type_hints
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from msgspec.structs import replace
+
+from fallow.core.match.candidate import Candidate
+from fallow.core.match.price import quote
+from fallow.model import messages as m
+from fallow.model.call import Grant
+from fallow.model.card import Card, Hardware
+from fallow.model.errors import Failure, WireError
+from fallow.model.ids import AttemptId, CallId, GatewayId, KeyId, NodeId, OrgId
+from fallow.model.needs import Needs
+from fallow.model.offer import Load, Offer, Price, Speed
+from fallow.model.receipt import Usage
+from fallow.wire import codec, subjects
+from fallow.wire.codec import MAJOR, Reader, encode
+from fallow.wire.subjects import PART_BYTES_MAX, PAYLOAD_BYTES_MAX, TABLE
+
+PROMISE = settings(derandomize=True, deadline=None, max_examples=40)
+MANY = settings(derandomize=True, deadline=None, max_examples=400)
+
+KINDS: list[type[m.Message]] = m.Message.__subclasses__()
+READERS: dict[str, tuple[Reader[Any], set[type[m.Message]]]] = {
+    "request": (codec.request, {m.Request}),
+    "body_part": (codec.body_part, {m.BodyPart}),
+    "to_node": (codec.to_node, {m.Cancel, m.Credit, m.Lease, m.Introduce}),
+    "to_gateway": (codec.to_gateway, {m.Accepted, m.Part, m.Final, m.Alive, m.Credit}),
+    "heartbeat": (codec.heartbeat, {m.Heartbeat}),
+    "key_query": (codec.key_query, {m.KeyQuery}),
+    "key_answer": (codec.key_answer, {m.KeyAnswer}),
+}
+SIMPLE: dict[Any, st.SearchStrategy[Any]] = {
+    str: st.text(max_size=12),
+    bytes: st.binary(max_size=12),
+    bool: st.booleans(),
+    int: st.integers(0, 2**63 - 1),
+    float: st.floats(0, 1e9),
+    type(None): st.none(),
+}
+
+
+def values(kind: Any) -> st.SearchStrategy[Any]:
+    """Any value of a type that messages are made of, within its bounds."""
+    if kind in SIMPLE:
+        return SIMPLE[kind]
+    if isinstance(kind, NewType):
+        return values(kind.__supertype__)
+    if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
+        hints = get_type_hints(kind, include_extras=True)
+        return st.builds(kind, **{name: values(hints[name]) for name in kind.__struct_fields__})
+    arguments = get_args(kind)
+    if get_origin(kind) is Annotated:
+        return bounded(*arguments)
+    if get_origin(kind) is Literal:
+        return st.sampled_from(arguments)
+    if get_origin(kind) in (Union, types.UnionType):
+        return st.one_of([values(one) for one in arguments])
+    if get_origin(kind) is tuple:
+        return st.lists(values(arguments[0]), max_size=3).map(tuple)
+    assert get_origin(kind) is frozenset, f"no values for {kind}"
+    return st.frozensets(values(arguments[0]), max_size=3)
+
+
+def bounded(kind: Any, meta: msgspec.Meta) -> st.SearchStrategy[Any]:
+    """A value within what its field allows; the ends come up now and then."""
+    if kind is int:
+        return st.integers(int(meta.ge or 0), 2**63 - 1 if meta.le is None else int(meta.le))
+    if kind is float:
+        return st.floats(meta.ge or 0.0, 1e9 if meta.le is None else meta.le)
+    if meta.pattern is not None:
+        return st.from_regex(meta.pattern)
+    if kind is str:
+        return st.text(min_size=meta.min_length or 0, max_size=12)
+    assert meta.max_length is None or meta.max_length >= 3
+    return values(kind)
+
+
+def readers_of(kind: type[m.Message]) -> Iterator[Reader[Any]]:
+    yield from (reader for reader, kinds in READERS.values() if kind in kinds)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@PROMISE
+@given(data=st.data())
+def test_round_trip(kind: type[m.Message], data: st.DataObject) -> None:
+    message = data.draw(values(kind))
+    for reader in readers_of(kind):
+        assert reader.read(encode(message)) == message
+
+
+def test_each_subject_has_a_reader_for_all_that_it_carries() -> None:
+    read = {kind for _, kinds in READERS.values() for kind in kinds}
+    assert read == set(KINDS) == {kind for row in TABLE for kind in row.carries}
+    one_reader = [kinds for _, kinds in READERS.values()]
+    assert all(set(row.carries) in one_reader or row.pattern == "hub.key" for row in TABLE)  # a key's answer is a reply
+
+
+SAMPLES: dict[type[m.Message], m.Message] = {
+    m.Request: m.Request(
+        attempt_id=AttemptId("attempt"),
+        call_id=CallId("call"),
+        gateway_id=GatewayId("gateway"),
+        org_id=OrgId("org"),
+        key_id=KeyId("key"),
+        path="/v1/completions",
+        model="tiny",
+        stream=True,
+        body_bytes=2,
+        body=b"{}",
+    ),
+    m.BodyPart: m.BodyPart(offset=7, data=b"more"),
+    m.Cancel: m.Cancel(attempt_id=AttemptId("attempt")),
+    m.Credit: m.Credit(attempt_id=AttemptId("attempt"), until_bytes=9),
+    m.Lease: m.Lease(gateway_id=GatewayId("gateway"), attempt_ids=(AttemptId("one"), AttemptId("two"))),
+    m.Introduce: m.Introduce(gateway_id=GatewayId("gateway")),
+    m.Accepted: m.Accepted(),
+    m.Part: m.Part(index=0, data=b"data", head=m.Head(status=200, content_type="text/event-stream", engine_us=3)),
+    m.Final: m.Final(index=1, usage=Usage(prompt_tokens=1), failure=Failure(code="busy", message="full")),
+    m.Alive: m.Alive(),
+    m.Heartbeat: m.Heartbeat(
+        node_id=NodeId("node"),
+        sequence=1,
+        state="run",
+        card_sequence=1,
+        loads=(Load(model="tiny", readiness="ready", slots_free=1, waiting=0, waiting_max=2),),
+        card=Card(
+            node_id=NodeId("node"),
+            org_id=OrgId("org"),
+            sequence=1,
+            expires_at_ms=9,
+            hardware=Hardware(kind="cpu", isa="x86_64-avx2", cores=4, memory_bytes=2**33),
+            isolation="none",
+            region="eu-de",
+            serves=frozenset({"own"}),
+        ),
+        offers=(
+            Offer(
+                node_id=NodeId("node"),
+                model="tiny",
+                paths=frozenset({"/v1/completions"}),
+                context_tokens=2048,
+                model_digest="",
+                speed=Speed(prefill_tokens_per_s=1.5, decode_tokens_per_s=1.5),
+                price=Price(),
+                slots=2,
+                expires_at_ms=9,
+            ),
+        ),
+    ),
+    m.KeyQuery: m.KeyQuery(key_digest=b"digest"),
+    m.KeyAnswer: m.KeyAnswer(grant=Grant(key_id=KeyId("key"), org_id=OrgId("org"))),
+}
+
+
+@pytest.mark.parametrize("name", READERS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_reader_takes_only_what_its_subject_carries(name: str, kind: type[m.Message]) -> None:
+    reader, kinds = READERS[name]
+    data = encode(SAMPLES[kind])
+    if kind in kinds:
+        assert reader.read(data) == SAMPLES[kind]
+    else:
+        with pytest.raises(WireError):
+            reader.read(data)
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_another_major_version_is_refused_and_named(name: str) -> None:
+    reader, kinds = READERS[name]
+    good = encode(SAMPLES[next(iter(kinds))])
+    assert good[0] == MAJOR
+    for other in range(256):
+        if other != MAJOR:
+            with pytest.raises(WireError, match=f"version {other}, this side version {MAJOR}"):
+                reader.read(bytes([other]) + good[1:])
+    with pytest.raises(WireError, match="nothing"):
+        reader.read(b"")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("added", [["new"], [None, {"a": [1]}, b"x"]])
+def test_fields_that_a_newer_version_adds_are_ignored(kind: type[m.Message], added: list[Any]) -> None:
+    fields = msgspec.msgpack.decode(encode(SAMPLES[kind])[1:])
+    # An older writer leaves out what has a default; here all fields are there and more.
+    data = bytes([MAJOR]) + msgspec.msgpack.encode([*fields, *added])
+    for reader in readers_of(kind):
+        assert reader.read(data) == SAMPLES[kind]
+
+
+def test_a_head_may_grow_too() -> None:
+    tag, index, data, head, *rest = msgspec.msgpack.decode(encode(SAMPLES[m.Part])[1:])
+    grown = msgspec.msgpack.encode([tag, index, data, [*head, "new"], *rest])
+    assert codec.to_gateway.read(bytes([MAJOR]) + grown) == SAMPLES[m.Part]
+
+
+def test_what_an_older_writer_leaves_out_has_its_default() -> None:
+    data = bytes([MAJOR]) + msgspec.msgpack.encode([9, 4])
+    assert codec.to_gateway.read(data) == m.Final(index=4)
+
+
+@pytest.mark.parametrize("over", [-1, 0, 1])
+def test_what_the_broker_would_not_carry_is_not_encoded(over: int) -> None:
+    envelope = len(encode(m.BodyPart(offset=0, data=bytes(100_000)))) - 100_000
+    message = m.BodyPart(offset=0, data=bytes(PAYLOAD_BYTES_MAX - envelope + over))
+    if over > 0:
+        with pytest.raises(WireError, match=str(PAYLOAD_BYTES_MAX)):
+            encode(message)
+    else:
+        assert len(encode(message)) == PAYLOAD_BYTES_MAX + over
+
+
+def test_a_whole_part_fits_with_its_envelope() -> None:
+    assert len(encode(replace(SAMPLES[m.Part], data=bytes(PART_BYTES_MAX)))) < PAYLOAD_BYTES_MAX
+    assert len(encode(replace(SAMPLES[m.Request], body=bytes(PART_BYTES_MAX)))) < PAYLOAD_BYTES_MAX
+
+
+@pytest.mark.parametrize(
+    ("name", "row"),
+    [
+        ("request", subjects.REQUEST),
+        ("body_part", subjects.BODY),
+        ("to_node", subjects.CONTROL),
+        ("to_gateway", subjects.ANSWER),
+        ("heartbeat", subjects.HEARTBEAT),
+        ("key_query", subjects.KEY),
+        ("key_answer", subjects.KEY),
+    ],
+)
+def test_what_is_larger_than_its_subject_allows_is_not_read(name: str, row: subjects.Subject) -> None:
+    reader, kinds = READERS[name]
+    kind = next(iter(kinds))
+    fields = msgspec.msgpack.decode(encode(SAMPLES[kind])[1:])
+    empty = len(msgspec.msgpack.encode([*fields, bytes(70_000)])) - 70_000 + 1
+    full = row.payload_bytes_max - empty if row.payload_bytes_max > 70_000 else row.payload_bytes_max - empty + 2  # a shorter length
+    data = bytes([MAJOR]) + msgspec.msgpack.encode([*fields, bytes(full)])
+    assert len(data) == row.payload_bytes_max
+    assert reader.read(data) == SAMPLES[kind]
+    with pytest.raises(WireError, match=str(row.payload_bytes_max)):
+        reader.read(data + b"\x00")
+
+
+# Hostile bytes. Whatever comes, a reader returns a message or raises WireError.
+def meet(data: bytes) -> None:
+    for reader, kinds in READERS.values():
+        try:
+            read = reader.read(data)
+        except WireError:
+            continue
+        assert type(read) in kinds
+
+
+@MANY
+@given(st.binary(max_size=60), st.booleans())
+def test_random_bytes(data: bytes, versioned: bool) -> None:
+    meet(bytes([MAJOR]) + data if versioned else data)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_truncated_bytes(kind: type[m.Message]) -> None:
+    data = encode(SAMPLES[kind])
+    for size in range(len(data)):
+        for reader in readers_of(kind):
+            with pytest.raises(WireError):
+                reader.read(data[:size])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("rest", [b"\x00", b"\xc1", b"\x93\x03"])
+def test_bytes_after_the_end(kind: type[m.Message], rest: bytes) -> None:
+    for reader in readers_of(kind):
+        with pytest.raises(WireError):
+            reader.read(encode(SAMPLES[kind]) + rest)
+
+
+@MANY
+@given(st.sampled_from(KINDS), st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 127)), min_size=1, max_size=4))
+def test_mutated_bytes(kind: type[m.Message], changes: list[tuple[int, int]]) -> None:
+    data = bytearray(encode(SAMPLES[kind]))
+    for at, byte in changes:
+        data[at % len(data)] = byte
+    meet(bytes(data))
+
+
+@MANY
+@given(st.sampled_from(KINDS), st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 255)), min_size=1, max_size=4))
+def test_mutated_bytes_of_any_value(kind: type[m.Message], changes: list[tuple[int, int]]) -> None:
+    data = bytearray(encode(SAMPLES[kind]))
+    for at, byte in changes:
+        data[at % len(data)] = byte
+    meet(bytes(data))
+
+
+@pytest.mark.parametrize("text", [b"\xff\xfe", b"\xc3(", b"\xed\xa0\x80"])
+def test_text_that_is_not_text(text: bytes) -> None:
+    data = bytes([MAJOR, 0x92, 3, 0xA0 + len(text)]) + text
+    with pytest.raises(WireError):
+        codec.to_node.read(data)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        pytest.param(b"\xdd\xff\xff\xff\xff\x05", id="an array of four thousand million"),
+        pytest.param(b"\x93\x05\xa1g\xdd\xff\xff\xff\xff", id="a lease of four thousand million"),
+        pytest.param(b"\x92\x03\xdb\xff\xff\xff\xffab", id="a text of 4 GiB"),
+        pytest.param(b"\x92\x03\xd7\xff" + b"\xff" * 8, id="a stamp where text is due"),
+        pytest.param(b"\x91" * 100_000, id="deep"),
+        pytest.param(b"\x92\x03\xa1a" + b"\x91" * 100_000, id="deep after the end"),
+        pytest.param(b"\x93\x03\xa1a" + b"\x91" * 100_000, id="deep in an unknown field"),
+        pytest.param(b"\x92\x63\xa1a", id="an unknown tag"),
+        pytest.param(b"\x92\xa1c\xa1a", id="a tag that is no number"),
+        pytest.param(b"\x82\x01\x02\x03\x04", id="a map"),
+        pytest.param(b"\xc0", id="nothing"),
+    ],
+)
+def test_bytes_made_to_hurt(data: bytes) -> None:
+    with pytest.raises(WireError):
+        codec.to_node.read(bytes([MAJOR]) + data)
+
+
+# Numbers and texts from strangers.
+NEEDS = Needs(model="tiny", prompt_tokens=100, output_tokens_max=50)
+
+
+def offering(speed: Speed = Speed(), **changes: Any) -> bytes:  # noqa: B008  (frozen)
+    sample = SAMPLES[m.Heartbeat]
+    assert isinstance(sample, m.Heartbeat)
+    assert sample.offers is not None
+    return encode(replace(sample, offers=(replace(sample.offers[0], speed=speed, **changes),)))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        pytest.param(offering(), id="nothing measured"),
+        pytest.param(offering(Speed(prefill_tokens_per_s=90.5, decode_tokens_per_s=1e9), slots=0), id="fast, and full"),
+        pytest.param(offering(Speed(prefill_tokens_per_s=1e-3, decode_tokens_per_s=1e-3), context_tokens=2**40), id="slow"),
+        pytest.param(
+            offering(Speed(decode_tokens_per_s=5e-324)),
+            id="a speed of almost nothing",
+        ),
+    ],
+)
+def test_no_offer_that_is_read_breaks_its_quote(data: bytes) -> None:
+    """One stranger's heartbeat must not end every call for a model."""
+    try:
+        beat = codec.heartbeat.read(data)
+    except WireError:
+        return
+    assert beat.card is not None
+    assert beat.offers is not None
+    made = quote(NEEDS, Candidate(offer=beat.offers[0], card=beat.card, load=beat.loads[0]))
+    assert made.cost_max_micro >= 0
+    assert 0 <= made.first_token_in_ms <= made.end_in_ms
+
+
+def beat(**changes: Any) -> bytes:
+    return encode(replace(SAMPLES[m.Heartbeat], **changes))
+
+
+def carded(**changes: Any) -> bytes:
+    sample = SAMPLES[m.Heartbeat]
+    assert isinstance(sample, m.Heartbeat)
+    assert sample.card is not None
+    return beat(card=replace(sample.card, **changes))
+
+
+LOAD = Load(model="tiny", readiness="ready", slots_free=1, waiting=0, waiting_max=2)
+HARDWARE = Hardware(kind="cpu", isa="x86_64-avx2", cores=4, memory_bytes=2**33)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        pytest.param(offering(Speed(prefill_tokens_per_s=float("nan"))), id="a speed that is no number"),
+        pytest.param(offering(Speed(decode_tokens_per_s=float("inf"))), id="an infinite speed"),
+        pytest.param(offering(Speed(decode_tokens_per_s=-9.0)), id="a negative speed"),
+        pytest.param(offering(price=Price(output_micro_per_munit=-1)), id="a negative price"),
+        pytest.param(offering(price=Price(output_micro_per_munit=2**41)), id="a price without bound"),
+        pytest.param(offering(context_tokens=-1), id="a negative context"),
+        pytest.param(offering(slots=-1), id="negative slots"),
+        pytest.param(offering(model=""), id="a model without a name"),
+        pytest.param(offering(model="x" * 201), id="a model with an endless name"),
+        pytest.param(offering(paths=frozenset(map(str, range(65)))), id="too many paths"),
+        pytest.param(beat(loads=(LOAD,) * 65), id="too many loads"),
+        pytest.param(beat(loads=(replace(LOAD, progress=1.5),)), id="more than loaded"),
+        pytest.param(beat(loads=(replace(LOAD, progress=float("nan")),)), id="loaded to no number"),
+        pytest.param(beat(loads=(replace(LOAD, waiting=-1),)), id="fewer than nobody waiting"),
+        pytest.param(beat(loads=(replace(LOAD, waiting_max=-1),)), id="a negative queue"),
+        pytest.param(beat(loads=(replace(LOAD, ready_in_ms=-1),)), id="ready in the past"),
+        pytest.param(carded(region="a\r\nb"), id="a region of two lines"),
+        pytest.param(carded(region=""), id="no region"),
+        pytest.param(carded(hardware=replace(HARDWARE, isa="\u2603")), id="hardware that no header can hold"),
+        pytest.param(carded(hardware=replace(HARDWARE, gpu="x" * 65)), id="a GPU with an endless name"),
+        pytest.param(carded(hardware=replace(HARDWARE, cores=0)), id="no cores"),
+        pytest.param(carded(hardware=replace(HARDWARE, memory_bytes=-1)), id="negative memory"),
+    ],
+)
+def test_a_heartbeat_with_impossible_fields_is_refused(data: bytes) -> None:
+    with pytest.raises(WireError):
+        codec.heartbeat.read(data)
+
+
+HEAD = m.Head(status=200, content_type="text/event-stream", engine_us=0)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        pytest.param(m.Final(index=0, usage=Usage(output_tokens=-1)), id="negative usage"),
+        pytest.param(m.Final(index=0, usage=Usage(prompt_tokens=2**41)), id="usage without bound"),
+        pytest.param(m.Part(index=0, data=b"", head=replace(HEAD, status=-1)), id="no HTTP status"),
+        pytest.param(m.Part(index=0, data=b"", head=replace(HEAD, status=199)), id="an answer before the answer"),
+        pytest.param(m.Part(index=0, data=b"", head=replace(HEAD, status=600)), id="an unknown HTTP status"),
+        pytest.param(m.Part(index=0, data=b"", head=replace(HEAD, engine_us=-1)), id="an answer before the question"),
+        pytest.param(m.Part(index=0, data=b"", head=replace(HEAD, content_type="a\r\nb: c")), id="a second header"),
+        pytest.param(m.Part(index=0, data=b"", head=replace(HEAD, content_type="\u2603")), id="a header that isn't Latin-1"),
+        pytest.param(m.Part(index=0, data=b"", head=replace(HEAD, content_type="x" * 129)), id="an endless header"),
+    ],
+)
+def test_an_answer_with_impossible_fields_is_refused(message: m.Message) -> None:
+    with pytest.raises(WireError):
+        codec.to_gateway.read(encode(message))
+
+
+@pytest.mark.parametrize(
+    ("reader", "data"),
+    [
+        (codec.to_gateway, encode(m.Part(index=0, data=b"", head=replace(HEAD, content_type="text/plain\n")))),
+        (codec.heartbeat, carded(region="eu-de\n")),
+    ],
+)
+def test_a_newline_at_the_end_is_refused_too(reader: Reader[Any], data: bytes) -> None:
+    with pytest.raises(WireError):
+        reader.read(data)
