@@ -1,6 +1,7 @@
 """What a bus promises, asked of the one in memory and of the one over a real broker."""
 
 import asyncio
+import itertools
 import os
 import signal
 import socket
@@ -141,6 +142,9 @@ async def frail(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator
     await side.end()
 
 
+probes = itertools.count()
+
+
 class Ear:
     """What a subscription heard."""
 
@@ -156,8 +160,13 @@ class Ear:
 
 
 async def listen(bus: Bus, subject: str, *, group: str = "") -> Ear:
-    ear = Ear()
+    """Subscribe, and be sure that the broker knows: what one connection says arrives in order."""
+    ear, probe = Ear(), Ear()
     await bus.subscribe(subject, ear, group=group)
+    name = f"probe.{next(probes)}"
+    await bus.subscribe(name, probe)
+    await bus.publish(name, b"")
+    await until(lambda: probe.heard, what="the subscription")
     return ear
 
 
@@ -261,6 +270,7 @@ async def test_a_request_is_answered(side: Side) -> None:
         tasks.append(asyncio.ensure_future(answerer.publish(delivery.reply, delivery.data[::-1])))
 
     await answerer.subscribe("ask", hear)
+    await listen(answerer, "sure")
     answers = await asyncio.gather(*(asker.request("ask", str(number).encode(), within_s=WITHIN_S) for number in range(100, 120)))
     assert answers == [str(number)[::-1].encode() for number in range(100, 120)]
     await asyncio.gather(*tasks)
@@ -275,6 +285,7 @@ async def test_a_request_takes_the_first_answer(side: Side) -> None:
         await answerer.publish(subject, b"second")
 
     await answerer.subscribe("ask", lambda delivery: tasks.append(asyncio.ensure_future(answer(delivery.reply))))
+    await listen(answerer, "sure")
     assert await asker.request("ask", b"", within_s=WITHIN_S) == b"first"
     assert await asker.request("ask", b"", within_s=WITHIN_S) == b"first"
     await asyncio.gather(*tasks)
@@ -473,40 +484,68 @@ async def test_what_answers_but_is_no_broker_is_given_up_in_time() -> None:
             writer.close()
 
 
-async def test_a_client_that_gives_up_is_replaced_with_all_its_subscriptions(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The client closes itself for good when a broker that it's connected to sends an error; the bus makes a new one."""
-    monkeypatch.setattr("fallow.adapters.nats_bus.REBUILD_WAIT_S", 0.01)
-    connections: list[list[bytes]] = []
-    writers: list[asyncio.StreamWriter] = []
+class PlayedBroker:
+    """A broker that a test plays by hand. It keeps the first words of what each connection says, and answers pings."""
 
-    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        said: list[bytes] = []
-        connections.append(said)
-        writers.append(writer)
+    def __init__(self) -> None:
+        self.said: list[list[str]] = []
+        self.writers: list[asyncio.StreamWriter] = []
+        self.address = ""
+
+    async def talk(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        said: list[str] = []
+        self.said.append(said)
+        self.writers.append(writer)
         writer.write(b'INFO {"server_id":"x","version":"2.15.1","proto":1,"headers":true,"max_payload":262144}\r\n')
         while line := await reader.readline():
-            said.append(line.split(b" ")[0].strip() + b" " + line.split(b" ")[1] if line.startswith(b"SUB") else line[:4])
-            if line.startswith(b"PING"):
+            words = line.decode().split()
+            said.append(" ".join(words[: 2 if words[0] == "SUB" else 1]))
+            if words[0] == "PING":
                 writer.write(b"PONG\r\n")
         writer.close()
 
-    server = await asyncio.start_server(talk, "127.0.0.1", 0)
+
+@pytest.fixture
+async def played() -> AsyncIterator[PlayedBroker]:
+    broker = PlayedBroker()
+    server = await asyncio.start_server(broker.talk, "127.0.0.1", 0)
+    broker.address = f"nats://127.0.0.1:{server.sockets[0].getsockname()[1]}"
     async with server:
-        bus = NatsBus(f"nats://127.0.0.1:{server.sockets[0].getsockname()[1]}", SECRET, "test")
-        lost: list[bool] = []
-        bus.on_lost(lambda: lost.append(True))
-        await bus.connect()
-        ears = [await listen(bus, subject) for subject in ("a", "b")]
-        assert len(connections) == 1
-        writers[0].write(b"-ERR 'enough of you'\r\n")
-        await until(lambda: len(connections) == 2 and bus.is_up() and b"SUB b" in connections[1], what="a new connection")
-        assert lost == [True]
-        assert [line for line in connections[1] if line.startswith(b"SUB")] == [b"SUB a", b"SUB b"]
-        writers[1].write(b"MSG b 2 1\r\nx\r\n")
-        await until(lambda: ears[1].heard)
-        assert (ears[0].data, ears[1].data) == ([], [b"x"])
-        await bus.close()
-        await until(lambda: all(writer.is_closing() for writer in writers))
+        yield broker
+        await until(lambda: all(writer.is_closing() for writer in broker.writers), what="the end of every connection")
+
+
+@pytest.mark.xfail(strict=True, reason="the client writes flush's ping at once, and the subscription with its next turn")
+async def test_the_broker_knows_a_subscription_when_subscribe_returns(played: PlayedBroker) -> None:
+    """Else what others publish then may pass by: seen in 2 of 100 runs on a busy machine."""
+    bus = NatsBus(played.address, SECRET, "test")
+    await bus.connect()
+    await bus.subscribe("a", Ear())
+    said = list(played.said[0])
+    await bus.close()
+    assert "SUB a" in said
+    assert "PING" in said[said.index("SUB a") :], "the ping that subscribe waits for comes after it"
+
+
+async def test_a_client_that_gives_up_is_replaced_with_all_its_subscriptions(played: PlayedBroker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The client closes itself for good when a broker that it's connected to sends an error; the bus makes a new one."""
+    monkeypatch.setattr("fallow.adapters.nats_bus.REBUILD_WAIT_S", 0.01)
+    bus = NatsBus(played.address, SECRET, "test")
+    lost: list[bool] = []
+    bus.on_lost(lambda: lost.append(True))
+    await bus.connect()
+    ears = [Ear(), Ear()]
+    await bus.subscribe("a", ears[0])
+    await bus.subscribe("b", ears[1])
+    assert len(played.said) == 1
+    played.writers[0].write(b"-ERR 'enough of you'\r\n")
+    await until(lambda: len(played.said) == 2 and bus.is_up() and "SUB b" in played.said[1], what="a new connection")
+    assert lost == [True]
+    assert [words for words in played.said[1] if words.startswith("SUB")] == ["SUB a", "SUB b"]
+    played.writers[1].write(b"MSG b 2 1\r\nx\r\n")
+    await until(lambda: ears[1].heard)
+    assert (ears[0].data, ears[1].data) == ([], [b"x"])
+    await bus.close()
 
 
 async def test_a_broker_that_hangs_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -115,7 +115,12 @@ class NatsBus:
         await self._client.subscribe(
             subject, queue=group, cb=on_message, pending_msgs_limit=PENDING_MESSAGES_MAX, pending_bytes_limit=PENDING_BYTES_MAX
         )
-        await self._client.flush(CONNECT_S)
+        await self._flush(CONNECT_S)
+
+    async def _flush(self, within_s: int) -> None:
+        """Until the broker has taken what was sent. Twice, since the client's own ping overtakes what waits in its buffer."""
+        await self._client.flush(within_s)
+        await self._client.flush(within_s)
 
     async def request(self, subject: str, data: bytes, *, within_s: float) -> bytes:
         try:
@@ -131,7 +136,7 @@ class NatsBus:
         with contextlib.suppress(errors.Error, OSError, TimeoutError):
             async with asyncio.timeout(CLOSE_S):
                 if self._client.is_connected:
-                    await self._client.flush(1)
+                    await self._flush(1)
                 await self._client.close()
 
 
