@@ -515,7 +515,6 @@ async def played() -> AsyncIterator[PlayedBroker]:
         await until(lambda: all(writer.is_closing() for writer in broker.writers), what="the end of every connection")
 
 
-@pytest.mark.xfail(strict=True, reason="the client writes flush's ping at once, and the subscription with its next turn")
 async def test_the_broker_knows_a_subscription_when_subscribe_returns(played: PlayedBroker) -> None:
     """Else what others publish then may pass by: seen in 2 of 100 runs on a busy machine."""
     bus = NatsBus(played.address, SECRET, "test")

@@ -70,7 +70,8 @@ class NatsBus:
 
     async def _on_error(self, error: Exception) -> None:
         """Errors of the connection show as `is_up`; the last one says why there is none."""
-        self._last_error = error
+        if not isinstance(self._last_error, errors.Error) or isinstance(error, errors.Error):
+            self._last_error = error  # what the broker said tells more than how the connection then broke
 
     async def _on_disconnected(self) -> None:
         for tell in [] if self._closing else self._tell:
@@ -141,6 +142,8 @@ class NatsBus:
 
 
 def _reason(error: Exception) -> str:
+    if isinstance(error, ConnectionResetError):
+        return "it closed the connection; is the secret right?"
     return str(error).removeprefix("nats: ") or type(error).__name__
 
 
