@@ -7,16 +7,13 @@ from collections.abc import AsyncIterator
 import msgspec
 
 from fallow.adapters.http_engine import HttpAnswer, HttpEngine
-from fallow.apps.node.served import EVENTS, Answer, Piece, load_of
-from fallow.core.admit import WAITING_PER_SLOT
+from fallow.apps.node.served import EVENTS, Answer, Lane, Piece
 from fallow.model.errors import NAME_MAX, EngineFailed, Failure, StartFailed
-from fallow.model.ids import NodeId
 from fallow.model.messages import OFFERS_MAX, Head
-from fallow.model.offer import Load, Offer, Price, Speed
+from fallow.model.offer import Load
 from fallow.model.receipt import Usage
 from fallow.wire import sse
 from fallow.wire.llama_answer import added
-from fallow.wire.openai import CHAT, COMPLETIONS
 
 MODELS_S = 5.0
 MODELS_BYTES_MAX = 1024 * 1024
@@ -91,32 +88,16 @@ def find_usage(tail: bytes, *, events: bool) -> Usage | None:
         return None
 
 
-class AttachedServed:
+class AttachedServed(Lane):
     """One model of an attached server."""
 
     def __init__(self, *, model: str, engine: HttpEngine, slots: int) -> None:
-        self.model = model
-        self.slots = slots
-        self.waiting_max = WAITING_PER_SLOT * slots
-        self.gate = asyncio.Semaphore(slots)
+        super().__init__(model=model, slots=slots, context_tokens=CONTEXT_TOKENS_UNKNOWN, digest="")
         self._engine = engine
         self._healthy = True
 
-    def offer(self, node_id: NodeId, expires_at_ms: int) -> Offer:
-        return Offer(
-            node_id=node_id,
-            model=self.model,
-            paths=frozenset({CHAT, COMPLETIONS}),
-            context_tokens=CONTEXT_TOKENS_UNKNOWN,
-            model_digest="",
-            speed=Speed(),
-            price=Price(),
-            slots=self.slots,
-            expires_at_ms=expires_at_ms,
-        )
-
     def load(self, *, running: int) -> Load:
-        load = load_of(self.model, self.slots, self.waiting_max, running)
+        load = super().load(running=running)
         return load if self._healthy else msgspec.structs.replace(load, readiness="failed")
 
     async def run(self) -> None:

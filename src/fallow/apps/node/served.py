@@ -20,6 +20,7 @@ from fallow.wire.llama_answer import StreamedAnswer, WholeAnswer, refusal
 from fallow.wire.openai import CHAT, COMPLETIONS
 
 REFUSAL_BYTES_MAX = 64 * 1024
+PATHS = frozenset({CHAT, COMPLETIONS})
 JSON = "application/json"
 EVENTS = "text/event-stream"
 
@@ -66,6 +67,34 @@ class Served(Protocol):
     def ask(self, path: str, body: bytes) -> contextlib.AbstractAsyncContextManager[Answer]: ...
 
     async def run(self) -> None: ...
+
+
+class Lane:
+    """Where calls for one model queue at a node, and what the node offers of it."""
+
+    def __init__(self, *, model: str, slots: int, context_tokens: int, digest: str) -> None:
+        self.model = model
+        self.slots = slots
+        self.waiting_max = WAITING_PER_SLOT * slots
+        self.gate = asyncio.Semaphore(slots)
+        self._context_tokens = context_tokens
+        self._digest = digest
+
+    def offer(self, node_id: NodeId, expires_at_ms: int) -> Offer:
+        return Offer(
+            node_id=node_id,
+            model=self.model,
+            paths=PATHS,
+            context_tokens=self._context_tokens,
+            model_digest=self._digest,
+            speed=Speed(),
+            price=Price(),
+            slots=self.slots,
+            expires_at_ms=expires_at_ms,
+        )
+
+    def load(self, *, running: int) -> Load:
+        return load_of(self.model, self.slots, self.waiting_max, running)
 
 
 def load_of(model: str, slots: int, waiting_max: int, running: int) -> Load:
@@ -119,37 +148,19 @@ class LlamaAnswer:
         yield Piece(body, is_last=True)
 
 
-class LlamaServed:
+class LlamaServed(Lane):
     """A model of the catalogue in a llama engine of our own."""
 
     def __init__(
         self, *, model: str, digest: str, context_tokens: int, slots: int, supervisor: Supervisor, engine: HttpEngine, load_wait_s: float
     ) -> None:
-        self.model = model
-        self.slots = slots
-        self.waiting_max = WAITING_PER_SLOT * slots
-        self.gate = asyncio.Semaphore(slots)
-        self._digest = digest
-        self._context_tokens = context_tokens
+        super().__init__(model=model, slots=slots, context_tokens=context_tokens, digest=digest)
         self._supervisor = supervisor
         self._engine = engine
         self._load_wait_s = load_wait_s
 
-    def offer(self, node_id: NodeId, expires_at_ms: int) -> Offer:
-        return Offer(
-            node_id=node_id,
-            model=self.model,
-            paths=frozenset({CHAT, COMPLETIONS}),
-            context_tokens=self._context_tokens,
-            model_digest=self._digest,
-            speed=Speed(),
-            price=Price(),
-            slots=self.slots,
-            expires_at_ms=expires_at_ms,
-        )
-
     def load(self, *, running: int) -> Load:
-        load = load_of(self.model, self.slots, self.waiting_max, running)
+        load = super().load(running=running)
         readiness = self._supervisor.readiness()
         if readiness == "ready":
             return load
