@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import time
-import warnings
 from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping, Sequence
 from types import TracebackType
 from typing import Any, Self
@@ -11,6 +10,7 @@ from typing import Any, Self
 import msgspec
 
 from fallow.adapters.memory_bus import MemoryBroker, MemoryBus
+from fallow.apps.gateway.main import Gateway
 from fallow.apps.hub.main import KeyDesk
 from fallow.apps.node.node import Node
 from fallow.apps.node.served import EVENTS, JSON, Piece, load_of
@@ -22,10 +22,6 @@ from fallow.model.offer import Load, Offer, Price, Speed
 from fallow.model.receipt import Usage
 from fallow.wire import codec, subjects
 from fallow.wire.openai import CHAT, COMPLETIONS
-
-with warnings.catch_warnings():  # its own test says that this import warns
-    warnings.simplefilter("ignore", DeprecationWarning)
-    from fallow.apps.gateway.main import Gateway
 
 MODEL = "tiny"
 KEY = "fk-test"
@@ -351,9 +347,7 @@ class Network:
         self.bus = MemoryBus(self.broker)
         self.hub_bus = MemoryBus(self.broker)
         self.hand = MemoryBus(self.broker)
-        with warnings.catch_warnings():  # as above
-            warnings.simplefilter("ignore", DeprecationWarning)
-            self.gateway = Gateway(GATEWAY, self.bus, self.clock)
+        self.gateway = Gateway(GATEWAY, self.bus, self.clock)
         self.node_clocks: dict[str, FakeClock] = {}
         self.faults: list[dict[str, Any]] = []
         self._stops: list[tuple[asyncio.Event, asyncio.Task[None]]] = []

@@ -154,7 +154,6 @@ def test_flags_that_contradict_each_other(tmp_path: Path) -> None:
 
 
 # settings
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the gateway's, of which tests/apps says all
 @pytest.mark.parametrize("command", ["up", "hub", "gateway", "lend"])
 def test_a_bad_settings_file_is_one_line_that_names_the_line(tmp_path: Path, command: str) -> None:
     (tmp_path / "settings.toml").write_text('[gateway]\n\nport = "x"\n')
@@ -170,7 +169,6 @@ def test_a_bad_settings_file_in_a_process_of_its_own(tmp_path: Path) -> None:
     assert "line 1" in said.stderr
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize(
     ("arguments", "flag"),
     [

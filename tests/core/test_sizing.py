@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from fallow.core.sizing import BATCH_TOKENS, CONTEXT_TOKENS_MAX, OVERHEAD_BYTES, SLOTS_MAX, EngineSize, size_engine
 
-PROMISE = settings(derandomize=True, deadline=None, max_examples=100)
+PROMISE = settings(derandomize=True, deadline=None, max_examples=60)
 MIB = 1024 * 1024
 
 

@@ -24,8 +24,8 @@ from fallow.wire import codec, subjects
 from fallow.wire.codec import MAJOR, Reader, encode
 from fallow.wire.subjects import PART_BYTES_MAX, PAYLOAD_BYTES_MAX, TABLE
 
-PROMISE = settings(derandomize=True, deadline=None, max_examples=40)
-MANY = settings(derandomize=True, deadline=None, max_examples=400)
+PROMISE = settings(derandomize=True, deadline=None, max_examples=30)
+MANY = settings(derandomize=True, deadline=None, max_examples=250)
 
 KINDS: list[type[m.Message]] = m.Message.__subclasses__()
 READERS: dict[str, tuple[Reader[Any], set[type[m.Message]]]] = {
@@ -160,6 +160,17 @@ SAMPLES: dict[type[m.Message], m.Message] = {
 }
 
 
+def test_the_bytes_of_a_message_stay_as_they_are() -> None:
+    """Nodes and gateways of different ages meet: a tag is never given to something else."""
+    assert encode(SAMPLES[m.Cancel]) == b"\x01\x92\x03\xa7attempt"
+    assert encode(SAMPLES[m.BodyPart]) == b"\x01\x94\x02\x07\xc4\x04more\xc4\x00"
+    assert [msgspec.msgpack.decode(encode(SAMPLES[kind])[1:])[0] for kind in KINDS] == list(range(1, 14))
+    assert [kind.__name__ for kind in KINDS] == [
+        "Request", "BodyPart", "Cancel", "Credit", "Lease", "Introduce", "Accepted", "Part", "Final", "Alive", "Heartbeat", "KeyQuery",
+        "KeyAnswer",
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize("name", READERS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_reader_takes_only_what_its_subject_carries(name: str, kind: type[m.Message]) -> None:
@@ -281,17 +292,8 @@ def test_bytes_after_the_end(kind: type[m.Message], rest: bytes) -> None:
 
 
 @MANY
-@given(st.sampled_from(KINDS), st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 127)), min_size=1, max_size=4))
-def test_mutated_bytes(kind: type[m.Message], changes: list[tuple[int, int]]) -> None:
-    data = bytearray(encode(SAMPLES[kind]))
-    for at, byte in changes:
-        data[at % len(data)] = byte
-    meet(bytes(data))
-
-
-@MANY
 @given(st.sampled_from(KINDS), st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 255)), min_size=1, max_size=4))
-def test_mutated_bytes_of_any_value(kind: type[m.Message], changes: list[tuple[int, int]]) -> None:
+def test_mutated_bytes(kind: type[m.Message], changes: list[tuple[int, int]]) -> None:
     data = bytearray(encode(SAMPLES[kind]))
     for at, byte in changes:
         data[at % len(data)] = byte

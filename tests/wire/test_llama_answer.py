@@ -1,5 +1,6 @@
 """llama.cpp's event streams on their way to a caller: edited alike however they are cut, with nothing of the text touched."""
 
+import contextlib
 import itertools
 import json
 import random
@@ -15,7 +16,7 @@ from fallow.model.receipt import Usage
 from fallow.wire.llama_answer import StreamedAnswer, WholeAnswer, added, openai_usage, refusal
 from fallow.wire.sse import DONE, EventCutter
 
-PROMISE = settings(derandomize=True, deadline=None, max_examples=120)
+PROMISE = settings(derandomize=True, deadline=None, max_examples=80)
 META = {"created": 1, "id": "chatcmpl-x", "model": "m", "system_fingerprint": "b0", "object": "chat.completion.chunk"}
 TEXT_META = {**META, "id": "cmpl-x", "object": "text_completion"}
 TIMINGS = {"prompt_n": 35, "predicted_per_second": 17.5}
@@ -393,6 +394,25 @@ def test_an_event_to_be_rewritten_must_be_readable(bad: bytes) -> None:
 def test_nonsense_of_any_kind_is_a_fault_of_the_engine(bad: bytes) -> None:
     with pytest.raises(EngineFailed):
         StreamedAnswer(include_usage=True).feed(bad)
+
+
+@PROMISE
+@given(
+    st.sampled_from([CHAT_STREAM, TEXT_STREAM]),
+    st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 255)), min_size=1, max_size=4),
+    some_places,
+)
+def test_a_damaged_stream_is_passed_on_or_a_fault_of_the_engine(
+    events: list[bytes], changes: list[tuple[int, int]], places: list[int]
+) -> None:
+    data = bytearray(b"".join(events))
+    for at, byte in changes:
+        data[at % len(data)] = byte
+    chunks = cut(bytes(data), places)
+    with contextlib.suppress(EngineFailed):
+        stream(chunks, include_usage=True)
+    with contextlib.suppress(EngineFailed):
+        whole(chunks, chat=events is CHAT_STREAM)
 
 
 @pytest.mark.parametrize("at", [0, 1, 4])

@@ -12,7 +12,7 @@ from fallow.model.errors import InvalidRequest
 from fallow.wire.llama_request import SCHEMA_BYTES_MAX, ChatRequest, CompletionRequest, EngineRequest, ignored_keyword, prepare
 from fallow.wire.openai import CHAT, COMPLETIONS, TOKENS_MAX
 
-PROMISE = settings(derandomize=True, deadline=None, max_examples=150)
+PROMISE = settings(derandomize=True, deadline=None, max_examples=60)
 HELLO = [{"role": "user", "content": "Hello"}]
 ALWAYS = {"stream": True, "stream_options": {"include_usage": True}, "return_progress": True, "cache_prompt": True}
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}

@@ -12,7 +12,7 @@ from fallow.model.errors import Failure, InvalidRequest
 from fallow.wire.openai import TOKENS_MAX, CallHead, Model, ModelList, StreamOptions, error_body, invalid, read_head
 
 COUNTED = StreamOptions(include_usage=True)
-PROMISE = settings(derandomize=True, deadline=None, max_examples=150)
+PROMISE = settings(derandomize=True, deadline=None, max_examples=60)
 
 
 @pytest.mark.parametrize(

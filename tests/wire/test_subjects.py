@@ -10,9 +10,9 @@ from fallow.model import messages as m
 from fallow.model.errors import WireError
 from fallow.model.ids import AttemptId, GatewayId, NodeId
 from fallow.wire import subjects
-from fallow.wire.subjects import PART_BYTES_MAX, PAYLOAD_BYTES_MAX, TABLE, Subject, token
+from fallow.wire.subjects import ID_MAX, PART_BYTES_MAX, PAYLOAD_BYTES_MAX, TABLE, Subject, token
 
-PROMISE = settings(derandomize=True, deadline=None, max_examples=200)
+PROMISE = settings(derandomize=True, deadline=None, max_examples=80)
 NODE, GATEWAY, ATTEMPT = NodeId("node-1"), GatewayId("gw-1"), AttemptId("0af3")
 KINDS: list[type[m.Message]] = m.Message.__subclasses__()
 printable = st.text(st.characters(min_codepoint=0x21, max_codepoint=0x7E, exclude_characters=".*>"), min_size=1, max_size=20)
@@ -62,6 +62,18 @@ def test_the_table_is_complete_and_without_doubles() -> None:
     assert len(set(patterns)) == len(patterns)
     assert {kind for row in TABLE for kind in row.carries} == set(KINDS)
     assert set(TABLE) == {one for one in vars(subjects).values() if isinstance(one, Subject)}
+
+
+def test_who_may_say_what_to_whom() -> None:
+    """The broker's permissions come from this: what changes here changes what a stranger may do."""
+    assert {row.pattern: (row.sender, row.receivers, row.carries) for row in TABLE} == {
+        "n.*.req": ("gateway", ("node",), (m.Request,)),
+        "n.*.body.*": ("gateway", ("node",), (m.BodyPart,)),
+        "n.*.ctl": ("gateway", ("node",), (m.Cancel, m.Credit, m.Lease, m.Introduce)),
+        "rsp.*.*.*": ("node", ("gateway",), (m.Accepted, m.Part, m.Final, m.Alive, m.Credit)),
+        "hb.*": ("node", ("gateway", "hub"), (m.Heartbeat,)),
+        "hub.key": ("gateway", ("hub",), (m.KeyQuery, m.KeyAnswer)),
+    }
 
 
 @pytest.mark.parametrize("row", TABLE, ids=[row.pattern for row in TABLE])
@@ -141,6 +153,16 @@ def test_only_an_answer_names_an_answering_node(subject: str) -> None:
     assert subjects.answering_node(subject) == ""
 
 
-def test_an_id_too_long_for_the_broker_is_refused() -> None:
+@pytest.mark.parametrize("size", [1, ID_MAX, ID_MAX + 1, 5_000])
+def test_an_id_too_long_for_the_broker_is_refused(size: int) -> None:
+    attempt = AttemptId("a" * size)
+    if size <= ID_MAX:
+        assert subjects.answer(GATEWAY, NODE, attempt) == f"rsp.gw-1.node-1.{attempt}"
+        return
     with pytest.raises(WireError):
-        subjects.answer(GATEWAY, NODE, AttemptId("a" * 5_000))
+        subjects.answer(GATEWAY, NODE, attempt)
+
+
+def test_two_subjects_fit_into_the_brokers_control_line() -> None:
+    longest = subjects.answer(GatewayId("g" * ID_MAX), NodeId("n" * ID_MAX), AttemptId("a" * ID_MAX))
+    assert 2 * len(longest) + 64 < 4 * 1024  # a subject, a reply subject, and the sizes

@@ -23,7 +23,7 @@ from fallow.model.needs import HardwareKind, Isolation, Needs, Ring
 from fallow.model.offer import Load, Offer, Price, Readiness, Speed
 from fallow.model.quote import Place, Quote, Refuse
 
-PROMISE = settings(derandomize=True, deadline=None, max_examples=100)
+PROMISE = settings(derandomize=True, deadline=None, max_examples=60)
 NOW = 1_000_000
 CHAT = "/v1/chat/completions"
 ALL_RINGS: frozenset[Ring] = frozenset({"own", "partner", "market"})

@@ -22,7 +22,7 @@ from fallow.model.ids import NodeId, OrgId
 from fallow.model.needs import Needs
 from fallow.model.offer import Load, Offer, Price, Speed
 
-PROMISE = settings(derandomize=True, deadline=None, max_examples=150)
+PROMISE = settings(derandomize=True, deadline=None, max_examples=60)
 CREDIT = 1_000_000
 PLAIN = Needs(model="tiny", prompt_tokens=100, output_tokens_max=50)
 
