@@ -9,7 +9,7 @@ from fallow.adapters.http_engine import HttpEngine
 from fallow.wire import sse
 
 TOKENS = 96
-PROMPT = "Write a long and friendly letter to your neighbour about the weather, number {number}."
+PROMPT = "{number} days ago the weather changed. Write a long and friendly letter to your neighbour about it."
 STREAM_S_MAX = 120.0
 
 
@@ -21,8 +21,8 @@ class _Chunk(msgspec.Struct, frozen=True):
     usage: _Usage | None = None
 
 
-async def tokens_per_s(address: str, key: str, model: str, *, streams: int) -> float:
-    """All streams at once, greedy, of a bounded length; the same client for a socket and for a gateway.
+async def tokens_per_s(address: str, key: str, model: str, *, streams: range) -> float:
+    """One stream per number, all at once, greedy, of a bounded length; the same client for a socket and for a gateway.
 
     The rate counts from the start until the last stream has ended.
     """
@@ -30,7 +30,7 @@ async def tokens_per_s(address: str, key: str, model: str, *, streams: int) -> f
     began = time.perf_counter()
     try:
         async with asyncio.timeout(STREAM_S_MAX):
-            tokens = await asyncio.gather(*(_stream(client, model, number) for number in range(streams)))
+            tokens = await asyncio.gather(*(_stream(client, model, number) for number in streams))
     finally:
         client.close()
     return sum(tokens) / (time.perf_counter() - began)
