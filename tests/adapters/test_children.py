@@ -199,6 +199,7 @@ async def test_a_child_that_is_stopped_ends_too(child: Child) -> None:
     process = await children.spawn(["sh", "-c", child.sleeper])
     await until(child.is_up)
     os.kill(child.pid, signal.SIGSTOP)
+    await until(lambda: psutil.Process(child.pid).status() == psutil.STATUS_STOPPED)
     await children.end(process)
     assert process.returncode == -signal.SIGTERM
     assert is_gone(child.pid)

@@ -176,6 +176,7 @@ def test_it_is_free_after_the_end(tmp_path: Path) -> None:
 def test_it_is_free_after_a_sudden_end_and_the_old_pid_is_gone(tmp_path: Path, holder: "subprocess.Popen[str]") -> None:
     holder.send_signal(signal.SIGKILL)
     holder.wait()
+    (tmp_path / "hub.lock").write_text("999999999999\n")
     assert not is_held(tmp_path, "hub")
     with only_one(tmp_path, "hub"):
         assert (tmp_path / "hub.lock").read_text() == f"{os.getpid()}\n"
