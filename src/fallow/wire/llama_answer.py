@@ -5,7 +5,7 @@ from typing import Any
 import msgspec
 
 from fallow.model.errors import EngineFailed, Failure
-from fallow.model.receipt import Usage
+from fallow.model.receipt import Tokens, Usage
 from fallow.wire import sse
 
 _PROGRESS = b'"prompt_progress":'  # unescaped quotes: a key, never a part of somebody's text
@@ -16,12 +16,12 @@ UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
 
 class _Details(msgspec.Struct, frozen=True):
-    cached_tokens: int = 0
+    cached_tokens: Tokens = 0
 
 
 class _Usage(msgspec.Struct, frozen=True):
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
+    prompt_tokens: Tokens = 0
+    completion_tokens: Tokens = 0
     prompt_tokens_details: _Details = _Details()
 
 
