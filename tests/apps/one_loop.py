@@ -364,11 +364,15 @@ class Network:
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         for stop, _ in reversed(self._stops):
             stop.set()
+        _, stuck = await asyncio.wait([task for _, task in self._stops], timeout=WITHIN_S)
+        for task in stuck:
+            task.cancel()
         ended = await asyncio.gather(*(task for _, task in self._stops), return_exceptions=True)
         await self._desk_group.__aexit__(None, None, None)
         await turns()
         asyncio.get_running_loop().set_exception_handler(None)
         if error is None:
+            assert not stuck, "it does not stop when told"
             assert [e for e in ended if e is not None] == []
             assert self.faults == []
 

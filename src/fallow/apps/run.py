@@ -87,8 +87,10 @@ def complain(error: FallowError) -> None:
     sys.stderr.write(f"fallow: {' '.join(error.message.split())}\n")
 
 
-def tell_ready(descriptor: int | None, address: str) -> None:
-    """Tell the parent that this part works, and where it is reached."""
-    if descriptor is not None:
+def tell_ready(descriptor: int | None, address: str, words: str) -> None:
+    """Tell the parent that this part works, and where it is reached; without a parent, tell the user in `words`."""
+    if descriptor is None:
+        print(words, flush=True)
+    else:
         os.write(descriptor, msgspec.json.encode(Ready(address=address, pid=os.getpid())) + b"\n")
         os.close(descriptor)

@@ -17,6 +17,7 @@ from fallow.wire import sse
 CONNECT_S = 3
 ANSWER_S = 600
 PAGE_S = 10
+REGION_UNKNOWN = "unknown"
 LOOPBACK = ("http://127.", "http://localhost:", "http://[::1]:")
 TEXT_BYTES_MAX = 1024 * 1024
 
@@ -169,13 +170,16 @@ def _table(found: list[NodeView]) -> None:
     from rich.table import Table
 
     table = Table(box=None, header_style="bold")
-    for heading in ("node", "model", "engine", "free", "hardware", "region", "heard"):
+    has_regions = any(node.region != REGION_UNKNOWN for node in found)
+    for heading in ("node", "model", "engine", "free", "hardware", *(["region"] if has_regions else []), "heard"):
         table.add_column(heading, no_wrap=heading in ("node", "model", "heard"), overflow="fold")
     for node in found:
         for offer in node.offers:
             waiting = f", {offer.waiting} wait" if offer.waiting else ""
             free = f"{offer.slots_free}/{offer.slots}{waiting}"
-            table.add_row(node.node_id, offer.model, offer.readiness, free, node.hardware, node.region, f"{node.heard_ms_ago / 1000:.1f} s")
+            region = [node.region] if has_regions else []
+            heard = f"{node.heard_ms_ago / 1000:.1f} s"
+            table.add_row(node.node_id, offer.model, offer.readiness, free, node.hardware, *region, heard)
     Console().print(table if found else "no nodes; lend this machine with `fallow lend`")
 
 

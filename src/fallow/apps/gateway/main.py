@@ -79,7 +79,9 @@ async def run_gateway(settings: Settings, hub: str, secret: str, until: asyncio.
                 serving = group.create_task(_serve(server, listener), name="http")
                 write_private(address, msgspec.json.encode({"base_url": base_url}).decode())
                 gc.freeze()
-                tell_ready(ready, base_url)
+                tell_ready(
+                    ready, base_url, f"The gateway answers at {base_url}; its API description is at {base_url.removesuffix('/v1')}/docs"
+                )
                 await until.wait()
                 server.should_exit = True
                 await serving

@@ -113,7 +113,11 @@ async def run_hub(settings: Settings, secret: str, until: asyncio.Event, ready: 
             try:
                 await bus.connect()
                 await KeyDesk(bus, key, OrgId(settings.organisation.id)).start(group)
-                tell_ready(ready, address)
+                tell_ready(
+                    ready,
+                    address,
+                    f"The hub is up: nodes and gateways join with --hub {address} and the secret in {settings.data / SECRET_FILE}",
+                )
                 await until.wait()
             finally:
                 await bus.close()

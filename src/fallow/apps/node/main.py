@@ -65,7 +65,7 @@ async def _tell_when_ready(served: list[Served], ready: int | None, node_id: Nod
     while failures := [failure for one in served if (failure := await one.ready()) is not None]:
         if any(failure.code == "engine_failed" for failure in failures):
             raise StartFailed(f"{served[0].model} can't be loaded: {failures[0].message}")
-    tell_ready(ready, node_id)
+    tell_ready(ready, node_id, f"Lending {', '.join(one.model for one in served)} as {node_id}; Ctrl-C stops it.")
 
 
 def _card(node_id: NodeId, settings: Settings, clock: Clock) -> Card:
