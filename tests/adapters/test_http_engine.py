@@ -12,7 +12,7 @@ import pytest
 
 from fallow.adapters import http_engine
 from fallow.adapters.http_engine import BUFFER_BYTES_MAX, HttpEngine
-from fallow.model.errors import EngineFailed
+from fallow.model.errors import EngineFailed, EngineStalled
 
 pytestmark = pytest.mark.anyio
 
@@ -468,6 +468,22 @@ async def test_an_answer_that_ends_with_the_connection(unix: Site, engine: HttpE
 
     unix.script = script
     assert await ask(engine) == b"{}"
+
+
+@pytest.mark.parametrize("said", [b"", CHUNKED, CHUNKED + b"5\r\nhello\r\n"])
+async def test_an_engine_that_falls_silent_is_left(unix: Site, engine: HttpEngine, monkeypatch: pytest.MonkeyPatch, said: bytes) -> None:
+    monkeypatch.setattr(http_engine, "HEAD_S_MAX", 0.05)
+    monkeypatch.setattr(http_engine, "SILENCE_S_MAX", 0.05)
+
+    async def script(talk: Talk) -> None:
+        await talk.request()
+        await talk.send(said)
+        await talk.until_closed()
+
+    unix.script = script
+    with pytest.raises(EngineStalled):
+        await ask(engine)
+    await until(lambda: unix.talks[0].is_closed)
 
 
 # leaving

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, MutableMapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -13,7 +13,7 @@ from fallow.adapters.memory_bus import MemoryBroker, MemoryBus
 from fallow.apps.gateway.main import Gateway
 from fallow.apps.hub.main import KeyDesk
 from fallow.apps.node.node import Node
-from fallow.apps.node.served import EVENTS, JSON, Piece, load_of
+from fallow.apps.node.served import EVENTS, JSON, PATHS, Piece, load_of
 from fallow.model import messages as m
 from fallow.model.card import Card, Hardware
 from fallow.model.errors import Failure
@@ -134,7 +134,7 @@ class FakeAnswer:
     def head(self) -> m.Head:
         return m.Head(status=200, content_type=EVENTS if self._stream else JSON, engine_us=0)
 
-    async def pieces(self) -> AsyncIterator[Piece]:
+    async def pieces(self) -> AsyncGenerator[Piece, None]:
         async for data in self._script:
             yield Piece(data)
         yield Piece(b"", is_last=True)
@@ -159,6 +159,7 @@ class FakeServed:
         self.slots = slots
         self.waiting_max = waiting_max
         self.gate = asyncio.Semaphore(slots)
+        self.paths = PATHS
         self.usage = Usage(prompt_tokens=7, output_tokens=3)
         self.bodies: list[bytes] = []
         self.inside = 0

@@ -22,6 +22,7 @@ from fallow.model.ids import AttemptId, CallId, GatewayId, KeyId, OrgId
 from fallow.model.messages import Request
 
 PROMISE = settings(derandomize=True, deadline=None, max_examples=60)
+OFFERED = {"tiny": {"/v1/chat/completions"}, "small": {"/v1/completions"}}
 DESK = Desk(leaving=False, running=0, slots=2, waiting_max=4, bodies_bytes=0)
 
 
@@ -51,6 +52,9 @@ def request(*, model: str = "tiny", body: bytes = b"{}", body_bytes: int | None 
         pytest.param(request(), replace(DESK, bodies_bytes=BODIES_BYTES_MAX - 2), None, id="the last bytes of room"),
         pytest.param(request(), replace(DESK, leaving=True), "leaving", id="leaving"),
         pytest.param(request(model="huge"), DESK, "model_not_here", id="another model"),
+        pytest.param(request(model="small"), DESK, "unknown_path", id="another path"),
+        pytest.param(replace(request(), path="/api/delete"), DESK, "unknown_path", id="what the lender does not lend"),
+        pytest.param(replace(request(), path="/v1/chat/completions HTTP/1.1\r\nx: y"), DESK, "unknown_path", id="more than a path"),
         pytest.param(request(body_bytes=BODY_BYTES_MAX + 1), DESK, "body_too_large", id="body over the limit"),
         pytest.param(request(body=b"{}", body_bytes=1), DESK, "invalid_request", id="more came than was said"),
         pytest.param(request(body=b"", body_bytes=-1), DESK, "invalid_request", id="less than nothing"),
@@ -64,7 +68,7 @@ def request(*, model: str = "tiny", body: bytes = b"{}", body_bytes: int | None 
     ],
 )
 def test_admit(asked: Request, desk: Desk, code: str | None) -> None:
-    failure = admit(asked, desk, {"tiny", "small"})
+    failure = admit(asked, desk, OFFERED)
     assert (failure and failure.code) == code
     assert (failure.retry_after_ms if failure else None) == (BUSY_RETRY_AFTER_MS if code == "busy" else None)
 
@@ -91,7 +95,7 @@ def test_nothing_is_taken_beyond_a_limit(
         and running < slots + waiting_max
         and held + body_bytes <= BODIES_BYTES_MAX
     )
-    assert (admit(request(model=model, body=first, body_bytes=body_bytes), desk, ["tiny"]) is None) == fits
+    assert (admit(request(model=model, body=first, body_bytes=body_bytes), desk, OFFERED) is None) == fits
 
 
 @pytest.mark.parametrize(
@@ -125,6 +129,6 @@ def test_the_largest_body_fits_where_bodies_are_held() -> None:
 
 
 def test_a_long_name_is_not_said_back_in_full() -> None:
-    failure = admit(request(model="x" * 10_000), DESK, {"tiny"})
+    failure = admit(request(model="x" * 10_000), DESK, OFFERED)
     assert failure is not None
     assert len(failure.message) < 400

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from fallow.model.errors import EngineFailed
 from fallow.model.receipt import Usage
 from fallow.wire.llama_answer import StreamedAnswer, WholeAnswer, added, openai_usage, refusal
+from fallow.wire.openai import CHAT
 from fallow.wire.sse import DONE, EventCutter
 
 PROMISE = settings(derandomize=True, deadline=None, max_examples=80)
@@ -321,6 +322,12 @@ def test_a_stream_that_breaks_off_is_never_called_whole(choice: Choice, places: 
         whole(cut(short, places))
 
 
+def test_an_answer_without_its_last_event_was_cut_off() -> None:
+    assert not stream(CHAT_STREAM[:-1])[1].is_whole
+    with pytest.raises(EngineFailed, match="in the middle"):
+        whole(CHAT_STREAM[:-1])
+
+
 def test_a_stream_without_usage_is_not_a_whole_answer() -> None:
     with pytest.raises(EngineFailed):
         whole([role(0), word(0, "a"), delta(0, {}, "stop"), DONE])
@@ -480,7 +487,7 @@ def llama_error(kind: str, **more: Any) -> bytes:
     ],
 )
 def test_refusal(status: int, body: bytes, code: str) -> None:
-    failure = refusal(status, body)
+    failure = refusal(CHAT, status, body)
     assert failure.code == code
     assert "SECRET" not in failure.message
     assert (failure.retry_after_ms is not None) == (code == "model_loading")
@@ -488,14 +495,14 @@ def test_refusal(status: int, body: bytes, code: str) -> None:
 
 
 def test_a_prompt_that_is_too_long_is_told_by_how_much() -> None:
-    failure = refusal(400, llama_error("exceed_context_size_error", n_prompt_tokens=9_000, n_ctx=8_192))
+    failure = refusal(CHAT, 400, llama_error("exceed_context_size_error", n_prompt_tokens=9_000, n_ctx=8_192))
     assert "9000" in failure.message
     assert "8192" in failure.message
 
 
 @pytest.mark.parametrize("body", [b'{"error":{"message":"\xff"}}', b'{"x":' + b"[" * 30_000])
 def test_a_refusal_in_nonsense_is_still_one(body: bytes) -> None:
-    assert refusal(400, body).code == "invalid_request"
+    assert refusal(CHAT, 400, body).code == "invalid_request"
 
 
 @pytest.mark.parametrize(

@@ -43,6 +43,7 @@ PASSED: list[tuple[str, Any, dict[str, Any]]] = [
     ("stop", "END", {"stop": "END"}),
     ("stop", ["a", "b", "c", "d"], {"stop": ["a", "b", "c", "d"]}),
     ("stop", [], {"stop": []}),
+    ("n", 1, {"n": 1}),
     ("n", 4, {"n": 4}),
 ]
 FOR_CHATS: list[tuple[str, Any, dict[str, Any]]] = [
@@ -193,6 +194,7 @@ OF_BOTH: list[tuple[dict[str, Any], str]] = [
     ({"n": 0}, "n"),
     ({"n": 5}, "n"),
     ({"seed": 2**63}, "seed"),
+    ({"seed": -(2**63) - 1}, "seed"),
     ({"stop": ""}, "stop"),
     ({"stop": ["a", ""]}, "stop[1]"),
     ({"stop": list("abcde")}, "stop"),
@@ -299,6 +301,8 @@ def formed(schema: dict[str, Any]) -> dict[str, Any]:
         ({"type": "array", "uniqueItems": True}, "uniqueItems"),
         ({"type": "object", "properties": {"a": {"multipleOf": 2}}}, "multipleOf"),
         ({"anyOf": [{"type": "null"}, {"if": {}, "then": {}}]}, "if"),
+        ({"allOf": [{"then": {}}]}, "then"),
+        ({"oneOf": [{"else": {}}]}, "else"),
         ({"$defs": {"x": {"items": {"contains": {}}}}, "$ref": "#/$defs/x"}, "contains"),
         ({"definitions": {"x": {"patternProperties": {}}}}, "patternProperties"),
         ({"additionalProperties": {"propertyNames": {}}}, "propertyNames"),

@@ -43,6 +43,11 @@ def test_read_head(body: bytes, head: CallHead, output_tokens_max: int | None) -
     assert read_head(body).output_tokens_max == output_tokens_max
 
 
+@pytest.mark.parametrize("tier", ["auto", "default", "flex", "scale", "priority"])
+def test_every_tier_of_openai_is_understood(tier: str) -> None:
+    assert read_head(json.dumps({"model": "m", "service_tier": tier}).encode()).service_tier == tier
+
+
 @pytest.mark.parametrize(
     ("body", "param", "says"),
     [

@@ -20,7 +20,7 @@ USES_MAX = 90
 """llama.cpp closes a connection after 5 s of idling or 100 requests; we are there first."""
 IDLE_CONNECTIONS_MAX = 64
 CONNECT_S = 2.0
-HEAD_S_MAX = 600.0
+HEAD_S_MAX = 1_800.0
 """How long an engine may work before it begins to answer: attached ones write whole answers at their end only."""
 SILENCE_S_MAX = 120.0
 """How long it may be silent in the middle of one."""

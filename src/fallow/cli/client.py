@@ -67,7 +67,7 @@ def find_gateway(data: Path | None, base_url: str) -> Gateway:
             raise StartFailed("no gateway runs here; start one with `fallow up`, or name one with --base-url")
         url = msgspec.json.decode(address.read_bytes(), type=dict[str, str])["base_url"]
         key_file = folder / KEY_FILE
-        key = key_file.read_text().strip() if key_file.exists() else key
+        key = key or (key_file.read_text().strip() if key_file.exists() else "")
     if not url.startswith(("http://", "https://")):
         raise BadSetting(f"{url!r} should look like http://127.0.0.1:8400/v1")
     return Gateway(base_url=url, api_key=key)

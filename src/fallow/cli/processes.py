@@ -126,7 +126,8 @@ def hub(data: Path | None, *, listen: str | None, broker: str | None, secret_fil
 
     async def main(until: asyncio.Event) -> None:
         secret = read_secret(secret_file) if secret_file is not None else secret_from_environment()
-        await run_hub(settings, secret, until, ready_fd)
+        secret_in = str(secret_file) if secret_file is not None else "FALLOW_SECRET" if secret else ""
+        await run_hub(settings, secret, secret_in, until, ready_fd)
 
     return run(main, verbose=verbose)
 

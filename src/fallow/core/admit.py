@@ -1,6 +1,6 @@
 """Whether a node takes a call that a gateway sent it."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 import msgspec
 
@@ -31,12 +31,17 @@ class Desk(msgspec.Struct, frozen=True, kw_only=True):
     bodies_bytes: int
 
 
-def admit(request: Request, desk: Desk, models: Collection[str]) -> Failure | None:
-    """None if the node takes the call, else why it doesn't."""
+def admit(request: Request, desk: Desk, offered: Mapping[str, Collection[str]]) -> Failure | None:
+    """None if the node takes the call, else why it doesn't. `offered` has the paths of each model.
+
+    A path that isn't offered never reaches an engine: an attached server answers more than its lender lends.
+    """
     if desk.leaving:
         return Failure(code="leaving", message="the node is leaving the network")
-    if request.model not in models:
+    if request.model not in offered:
         return Failure(code="model_not_here", message=f"the node doesn't offer {shortened(request.model)!r}")
+    if request.path not in offered[request.model]:
+        return Failure(code="unknown_path", message=f"the node doesn't offer {shortened(request.path)} for this model")
     if request.body_bytes > BODY_BYTES_MAX:
         return Failure(code="body_too_large", message=f"a body of {request.body_bytes} bytes is over the limit of {BODY_BYTES_MAX}")
     if not 0 <= len(request.body) <= request.body_bytes:

@@ -42,6 +42,7 @@ def serve(settings: LlamaSettings) -> int:
     params.cache_ram_mib = 0  # nothing of one caller's prompt is kept beyond its slot
     params.ctx_shift = False
     params.verbosity = 0
+    params.sse_ping_interval = -1  # its comments would look like progress
     params.ui = False
     params.endpoint_slots = False
     params.endpoint_metrics = False

@@ -7,6 +7,7 @@ import msgspec
 from fallow.model.errors import EngineFailed, Failure
 from fallow.model.receipt import Tokens, Usage
 from fallow.wire import sse
+from fallow.wire.openai import CHAT
 
 _PROGRESS = b'"prompt_progress":'  # unescaped quotes: a key, never a part of somebody's text
 _ROLE = b'"delta":{"role":"assistant","content":null}'  # the engine says it as often as it tells of progress
@@ -232,7 +233,7 @@ class _EngineEnvelope(msgspec.Struct, frozen=True):
     error: _EngineError = _EngineError()
 
 
-def refusal(status: int, body: bytes) -> Failure:
+def refusal(path: str, status: int, body: bytes) -> Failure:
     """What an error answer of the engine means for the caller. Its own words may echo the prompt, so most are not passed on."""
     try:
         error = msgspec.json.decode(body, type=_EngineEnvelope).error
@@ -240,7 +241,7 @@ def refusal(status: int, body: bytes) -> Failure:
         error = _EngineError()
     if error.type == "exceed_context_size_error":
         text = f"the prompt has {error.n_prompt_tokens} tokens, the model's context on this node {error.n_ctx}"
-        return Failure(code="context_length_exceeded", message=text, param="messages")
+        return Failure(code="context_length_exceeded", message=text, param="messages" if path == CHAT else "prompt")
     if error.type == "unavailable_error" or status == 503:
         return Failure(code="model_loading", message="the model is still being loaded", retry_after_ms=1_000)
     if 400 <= status < 500:

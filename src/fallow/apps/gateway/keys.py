@@ -78,6 +78,7 @@ class Keys:
         except (BrokerLost, WireError):
             return None
         self._known[digest] = known
+        self._known.move_to_end(digest, last=known.grant is not None)  # those that nobody knows are forgotten first
         while len(self._known) > REMEMBERED_MAX:
             self._known.popitem(last=False)
         return known

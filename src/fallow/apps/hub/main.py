@@ -96,11 +96,12 @@ class BrokerKeeper:
                 await asyncio.shield(self._broker.stop())
 
 
-async def run_hub(settings: Settings, secret: str, until: asyncio.Event, ready: int | None) -> None:
-    """Be the meeting point until told to stop; raises StartFailed."""
+async def run_hub(settings: Settings, secret: str, secret_in: str, until: asyncio.Event, ready: int | None) -> None:
+    """Be the meeting point until told to stop; raises StartFailed. Without a `secret` one is made; `secret_in` says where it is from."""
     with only_one(settings.data, "hub"):
         key = read_or_make(settings.data / KEY_FILE, prefix=KEY_PREFIX)
         secret = secret or read_or_make(settings.data / SECRET_FILE)
+        secret_in = secret_in or str(settings.data / SECRET_FILE)
         async with asyncio.TaskGroup() as group:
             keeping: asyncio.Task[None] | None = None
             address = settings.hub.broker
@@ -113,11 +114,7 @@ async def run_hub(settings: Settings, secret: str, until: asyncio.Event, ready: 
             try:
                 await bus.connect()
                 await KeyDesk(bus, key, OrgId(settings.organisation.id)).start(group)
-                tell_ready(
-                    ready,
-                    address,
-                    f"The hub is up: nodes and gateways join with --hub {address} and the secret in {settings.data / SECRET_FILE}",
-                )
+                tell_ready(ready, address, f"The hub is up: nodes and gateways join with --hub {address} and the secret in {secret_in}")
                 await until.wait()
             finally:
                 await bus.close()

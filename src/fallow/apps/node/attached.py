@@ -2,12 +2,13 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+import re
+from collections.abc import AsyncGenerator, AsyncIterator
 
 import msgspec
 
 from fallow.adapters.http_engine import HttpAnswer, HttpEngine
-from fallow.apps.node.served import EVENTS, Answer, Lane, Piece
+from fallow.apps.node.served import EVENTS, JSON, Answer, Lane, Piece
 from fallow.model.errors import NAME_MAX, EngineFailed, Failure, StartFailed
 from fallow.model.messages import OFFERS_MAX, Head
 from fallow.model.offer import Load
@@ -34,6 +35,7 @@ class _Usage(msgspec.Struct, frozen=True):
     usage: dict[str, object] | None = None
 
 
+_PRINTABLE = re.compile(r"[ -~]{1,128}")
 _usage = msgspec.json.Decoder(_Usage)
 
 
@@ -59,9 +61,12 @@ class PassedAnswer:
         self.usage: Usage | None = None
 
     def head(self) -> Head:
-        return self._answer.head
+        head = self._answer.head
+        if _PRINTABLE.fullmatch(head.content_type):
+            return head
+        return msgspec.structs.replace(head, content_type=JSON)  # some servers tell no type, and gateways want a printable one
 
-    async def pieces(self) -> AsyncIterator[Piece]:
+    async def pieces(self) -> AsyncGenerator[Piece, None]:
         tail = b""
         async for chunk in self._answer.body():
             tail = (tail + chunk)[-TAIL_BYTES:] if tail else chunk

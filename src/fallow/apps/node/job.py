@@ -82,16 +82,17 @@ class Job:
 
     async def _relay(self, answer: Answer, asked_us: int) -> None:
         head: m.Head | None = answer.head()
-        async for piece in answer.pieces():
-            if head is not None and (piece.is_last or not head.engine_us):
-                head = msgspec.structs.replace(head, engine_us=_now_us() - asked_us)
-            if piece.is_last:
-                await self.outlet.finish(piece.data, head, answer.usage)
-                log.info("attempt done: %s", answer.usage)
-                return
-            if piece.data:
-                await self.outlet.part(piece.data, head)
-                head = None
+        async with contextlib.aclosing(answer.pieces()) as pieces:
+            async for piece in pieces:
+                if head is not None and (piece.is_last or not head.engine_us):
+                    head = msgspec.structs.replace(head, engine_us=_now_us() - asked_us)
+                if piece.is_last:
+                    await self.outlet.finish(piece.data, head, answer.usage)
+                    log.info("attempt done: %s", answer.usage)
+                    return
+                if piece.data:
+                    await self.outlet.part(piece.data, head)
+                    head = None
 
     async def _fail(self, failure: Failure) -> None:
         log.info("attempt failed: %s", failure.code)

@@ -33,6 +33,7 @@ KV_BYTES_PER_TOKEN = 23 * 1024
 """SmolLM2-135M's, measured; the catalogue will tell it per model."""
 CARD_LIFE_MS = 24 * 3_600_000
 SOCKET_NAME = "llama"
+LOAD_POLL_S = 0.1
 
 
 async def run_node(settings: Settings, hub: str, secret: str, engine: str, until: asyncio.Event, ready: int | None) -> None:
@@ -65,6 +66,7 @@ async def _tell_when_ready(served: list[Served], ready: int | None, node_id: Nod
     while failures := [failure for one in served if (failure := await one.ready()) is not None]:
         if any(failure.code == "engine_failed" for failure in failures):
             raise StartFailed(f"{served[0].model} can't be loaded: {failures[0].message}")
+        await asyncio.sleep(LOAD_POLL_S)
     tell_ready(ready, node_id, f"Lending {', '.join(one.model for one in served)} as {node_id}; Ctrl-C stops it.")
 
 

@@ -113,7 +113,7 @@ class Node:
             subjects.answer(request.gateway_id, self.card.node_id, request.attempt_id)
         except WireError as error:
             return error.failure()
-        return admit.admit(request, desk, self._served)
+        return admit.admit(request, desk, {name: one.paths for name, one in self._served.items()})
 
     async def _run(self, job: Job) -> None:
         try:

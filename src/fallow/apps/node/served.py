@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Protocol
 
 import msgspec
@@ -39,7 +39,7 @@ class Answer(Protocol):
 
     def head(self) -> Head: ...
 
-    def pieces(self) -> AsyncIterator[Piece]: ...
+    def pieces(self) -> AsyncGenerator[Piece, None]: ...
 
 
 class Refused(Exception):
@@ -57,6 +57,7 @@ class Served(Protocol):
     slots: int
     waiting_max: int
     gate: asyncio.Semaphore
+    paths: frozenset[str]
 
     def offer(self, node_id: NodeId, expires_at_ms: int) -> Offer: ...
 
@@ -77,6 +78,7 @@ class Lane:
         self.slots = slots
         self.waiting_max = WAITING_PER_SLOT * slots
         self.gate = asyncio.Semaphore(slots)
+        self.paths = PATHS
         self._context_tokens = context_tokens
         self._digest = digest
 
@@ -84,7 +86,7 @@ class Lane:
         return Offer(
             node_id=node_id,
             model=self.model,
-            paths=PATHS,
+            paths=self.paths,
             context_tokens=self._context_tokens,
             model_digest=self._digest,
             speed=Speed(),
@@ -116,7 +118,7 @@ class LlamaAnswer:
     def head(self) -> Head:
         return Head(status=200, content_type=EVENTS if self._request.stream else JSON, engine_us=0)
 
-    async def pieces(self) -> AsyncIterator[Piece]:
+    async def pieces(self) -> AsyncGenerator[Piece, None]:
         async for piece in self._stream() if self._request.stream else self._whole():
             self._supervisor.running -= 1  # while the caller takes the piece nothing is asked of the engine
             try:
@@ -125,7 +127,7 @@ class LlamaAnswer:
                 self._supervisor.running += 1
                 self._supervisor.moved()
 
-    async def _stream(self) -> AsyncIterator[Piece]:
+    async def _stream(self) -> AsyncGenerator[Piece, None]:
         editor = StreamedAnswer(include_usage=self._request.include_usage)
         async for chunk in self._answer.body():
             self._supervisor.moved()
@@ -138,7 +140,7 @@ class LlamaAnswer:
                 yield Piece(out)
         raise EngineFailed("the engine stopped in the middle of its answer")
 
-    async def _whole(self) -> AsyncIterator[Piece]:
+    async def _whole(self) -> AsyncGenerator[Piece, None]:
         collector = WholeAnswer(chat=self._chat, choices=self._request.choices)
         async for chunk in self._answer.body():
             self._supervisor.moved()
@@ -190,7 +192,7 @@ class LlamaServed(Lane):
         try:
             async with self._engine.post(path, request.body) as answer:
                 if answer.head.status != 200:
-                    raise Refused(refusal(answer.head.status, await _small(answer)))
+                    raise Refused(refusal(path, answer.head.status, await _small(answer)))
                 yield LlamaAnswer(answer, request, chat=path == CHAT, supervisor=self._supervisor)
         except EngineFailed:
             if self._supervisor.has_stalled:

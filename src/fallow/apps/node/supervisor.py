@@ -100,7 +100,7 @@ class Supervisor:
                     self._group.create_task(self._start(), name="engine start")
                 case watch.Kill(why=why):
                     log.warning("engine killed: %s", why)
-                    self.has_stalled = why == "stalled"
+                    self.has_stalled |= why == "stalled"
                     self._group.create_task(self._kill(), name="engine kill")
 
     async def _start(self) -> None:
