@@ -43,8 +43,8 @@ async def end(process: Process, *, within_s: float = TERM_S) -> None:
     if process.returncode is not None:
         return
     with contextlib.suppress(ProcessLookupError):
+        os.kill(process.pid, signal.SIGCONT)  # one that is stopped can't hear
         process.terminate()
-        process.send_signal(signal.SIGCONT)  # one that is stopped can't hear
     try:
         async with asyncio.timeout(within_s):
             await process.wait()

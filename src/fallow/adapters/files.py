@@ -4,10 +4,15 @@ import contextlib
 import fcntl
 import os
 import secrets
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from fallow.model.errors import AlreadyRunning, StartFailed
+
+
+LOCK_TRIES = 5
+LOCK_WAIT_S = 0.02
 
 
 def write_private(path: Path, text: str) -> None:
@@ -54,9 +59,7 @@ def only_one(folder: Path, role: str) -> Iterator[None]:
     except OSError as error:
         raise StartFailed(f"could not open {path}: {error.strerror}") from None
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        if not _locked(descriptor):
             pid = os.read(descriptor, 32).decode(errors="replace").strip() or "unknown"
             raise AlreadyRunning(f"fallow {role} already runs on {folder} (pid {pid}); `fallow status` shows it") from None
         os.ftruncate(descriptor, 0)
@@ -64,6 +67,18 @@ def only_one(folder: Path, role: str) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def _locked(descriptor: int) -> bool:
+    """Take the lock. `is_held` holds it for a moment when it looks, so one refusal doesn't count."""
+    for _ in range(LOCK_TRIES):
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            time.sleep(LOCK_WAIT_S)
+        else:
+            return True
+    return False
 
 
 def is_held(folder: Path, role: str) -> bool:
