@@ -10,7 +10,6 @@ from pathlib import Path
 
 from fallow.model.errors import AlreadyRunning, StartFailed
 
-
 LOCK_TRIES = 5
 LOCK_WAIT_S = 0.02
 
