@@ -133,7 +133,7 @@ class Calls:
                     head = head or effect.head
                     if not call.stream:
                         held.append(data)
-                        if sum(map(len, held)) > ANSWER_BYTES_MAX:
+                        if conversation.taken_bytes + len(data) > ANSWER_BYTES_MAX:
                             text = f"the answer is over {ANSWER_BYTES_MAX} bytes; stream it"
                             conversation.hear(relay.Broken(code="answer_too_long", message=text))
                             continue

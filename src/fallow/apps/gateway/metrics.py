@@ -4,7 +4,6 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 
 from fallow.apps.gateway.errors import TABLE
 
-FIRST_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 OVERHEAD_BUCKETS = (0.0005, 0.001, 0.0015, 0.002, 0.003, 0.005, 0.01, 0.025, 0.1, 1)
 
 

@@ -7,7 +7,6 @@ from typing import Protocol
 
 import msgspec
 
-from fallow.adapters.http_engine import HttpAnswer, HttpEngine
 from fallow.apps.node.supervisor import Supervisor
 from fallow.core.admit import WAITING_PER_SLOT
 from fallow.model.errors import EngineFailed, EngineStalled, Failure
@@ -15,6 +14,7 @@ from fallow.model.ids import NodeId
 from fallow.model.messages import Head
 from fallow.model.offer import Load, Offer, Price, Speed
 from fallow.model.receipt import Usage
+from fallow.ports import Engine, EngineAnswer
 from fallow.wire import llama_request
 from fallow.wire.llama_answer import StreamedAnswer, WholeAnswer, refusal
 from fallow.wire.openai import CHAT, COMPLETIONS
@@ -108,7 +108,7 @@ def load_of(model: str, slots: int, waiting_max: int, running: int) -> Load:
 class LlamaAnswer:
     """A llama engine's event stream as an event stream or a whole answer, as the caller asked."""
 
-    def __init__(self, answer: HttpAnswer, request: llama_request.EngineRequest, *, chat: bool, supervisor: Supervisor) -> None:
+    def __init__(self, answer: EngineAnswer, request: llama_request.EngineRequest, *, chat: bool, supervisor: Supervisor) -> None:
         self._answer = answer
         self._request = request
         self._chat = chat
@@ -154,7 +154,7 @@ class LlamaServed(Lane):
     """A model of the catalogue in a llama engine of our own."""
 
     def __init__(
-        self, *, model: str, digest: str, context_tokens: int, slots: int, supervisor: Supervisor, engine: HttpEngine, load_wait_s: float
+        self, *, model: str, digest: str, context_tokens: int, slots: int, supervisor: Supervisor, engine: Engine, load_wait_s: float
     ) -> None:
         super().__init__(model=model, slots=slots, context_tokens=context_tokens, digest=digest)
         self._supervisor = supervisor
@@ -202,7 +202,7 @@ class LlamaServed(Lane):
             self._supervisor.running -= 1
 
 
-async def _small(answer: HttpAnswer) -> bytes:
+async def _small(answer: EngineAnswer) -> bytes:
     data = b""
     async for chunk in answer.body():
         data += chunk
