@@ -162,3 +162,27 @@ class NoNetwork(FetchFailed):
     """The source of a model can't be reached."""
 
     code = "no_network"
+
+
+class BadModelFile(FetchFailed):
+    """A model's file is damaged, or made to harm."""
+
+    code = "bad_model_file"
+
+
+class LicenceNotAccepted(FetchFailed):
+    """The model's licence must be accepted before it is fetched."""
+
+    code = "licence_not_accepted"
+
+
+class AnswerIncomplete(FallowError):
+    """What was asked for did not fit into the tokens that were allowed."""
+
+    code = "answer_incomplete"
+
+
+class SchemaNotMet(FallowError):
+    """The model did not manage to write what fits the schema, however often it was asked."""
+
+    code = "schema_not_met"
