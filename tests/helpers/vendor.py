@@ -58,7 +58,7 @@ def events(stream: bytes) -> list[tuple[str, Any]]:
     """Server-sent events as (event name or "", decoded JSON); `[DONE]` stays a string."""
     out: list[tuple[str, Any]] = []
     for block in stream.decode().split("\n\n"):
-        fields = dict(line.split(": ", 1) for line in block.splitlines() if ": " in line and not line.startswith(":"))
+        fields = dict(line.split(": ", 1) for line in block.split("\n") if ": " in line and not line.startswith(":"))
         if "data" in fields:
             out.append((fields.get("event", ""), "[DONE]" if fields["data"] == "[DONE]" else json.loads(fields["data"])))
     return out

@@ -6,6 +6,7 @@ EVENT_BYTES_MAX = 4 * 1024 * 1024
 DONE = b"data: [DONE]\n\n"
 _END = b"\n\n"
 _FIELD = b"data:"
+_LINE_ENDS = ((b"\xe2\x80\xa8", b"\\u2028"), (b"\xe2\x80\xa9", b"\\u2029"), (b"\xc2\x85", b"\\u0085"))
 
 
 class EventCutter:
@@ -37,5 +38,8 @@ def payload(event: bytes) -> bytes:
 
 
 def event(data: bytes) -> bytes:
-    """An event around one line of JSON."""
+    """An event around one line of JSON. Some clients end lines at other characters too, so these are escaped."""
+    for raw, escaped in _LINE_ENDS:
+        if raw in data:
+            data = data.replace(raw, escaped)
     return b"data: " + data + _END
