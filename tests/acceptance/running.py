@@ -16,6 +16,7 @@ import pytest
 import requests
 
 MODEL = "smollm2-135m-instruct"
+EMBEDDER = "all-minilm-l6-v2"
 START_S = 60.0
 STOP_S = 10.0
 POLL_S = 0.02
@@ -131,8 +132,8 @@ def open_client(service: Service) -> Iterator[openai.OpenAI]:
 
 @pytest.fixture(scope="session")
 def weights() -> None:
-    """The model is there; fetched on the first run."""
-    pulled = fallow("models", "pull", MODEL)
+    """The models are there; fetched on the first run."""
+    pulled = fallow("models", "pull", MODEL, EMBEDDER)
     assert pulled.returncode == 0, pulled.stderr
 
 
@@ -147,7 +148,7 @@ def start_up(data: Path, *arguments: str) -> Service:
 @pytest.fixture(scope="session")
 def service(weights: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     """One `fallow up` for all tests that leave it whole."""
-    running = start_up(tmp_path_factory.mktemp("up") / "d")
+    running = start_up(tmp_path_factory.mktemp("up") / "d", "--model", MODEL, "--model", EMBEDDER)
     try:
         yield running
     finally:

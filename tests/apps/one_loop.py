@@ -12,8 +12,9 @@ import msgspec
 from fallow.adapters.memory_bus import MemoryBroker, MemoryBus
 from fallow.apps.gateway.main import Gateway
 from fallow.apps.hub.main import KeyDesk
+from fallow.apps.node.attached import PATHS
 from fallow.apps.node.node import Node
-from fallow.apps.node.served import EVENTS, JSON, PATHS, Piece, load_of
+from fallow.apps.node.served import EVENTS, JSON, Piece, load_of
 from fallow.model import messages as m
 from fallow.model.card import Card, Hardware
 from fallow.model.errors import Failure
@@ -160,8 +161,10 @@ class FakeServed:
         self.waiting_max = waiting_max
         self.gate = asyncio.Semaphore(slots)
         self.paths = PATHS
+        self.calls = 0
         self.usage = Usage(prompt_tokens=7, output_tokens=3)
         self.bodies: list[bytes] = []
+        self.waits_s: list[float | None] = []
         self.inside = 0
         self.seems_idle = False
         self.not_ready: Failure | None = None
@@ -175,7 +178,8 @@ class FakeServed:
     async def run(self) -> None:
         await asyncio.Event().wait()
 
-    async def ready(self) -> Failure | None:
+    async def ready(self, within_s: float | None = None) -> Failure | None:
+        self.waits_s.append(within_s)
         return self.not_ready
 
     @contextlib.asynccontextmanager

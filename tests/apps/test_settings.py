@@ -57,10 +57,10 @@ def test_the_file_reads_the_same_with_every_line_uncommented(tmp_path: Path) -> 
 
 
 def test_a_file_that_is_there_is_read_and_left_alone(tmp_path: Path) -> None:
-    text = '[gateway]\nport = 9000\n\n[node]\nmodel = "other"\nstall_s = 5\n'
+    text = '[gateway]\nport = 9000\n\n[node]\nmodels = ["other"]\nstall_s = 5\n'
     path = written(tmp_path, text)
     settings = load(tmp_path)
-    assert (settings.gateway.port, settings.node.model, settings.node.stall_s) == (9000, "other", 5.0)
+    assert (settings.gateway.port, settings.node.models, settings.node.stall_s) == (9000, ("other",), 5.0)
     assert settings.node.slots == Settings(data=tmp_path).node.slots
     assert path.read_text() == text
 

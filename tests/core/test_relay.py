@@ -6,6 +6,7 @@ from typing import get_args
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from fallow.core import relay
 from fallow.core.relay import (
@@ -165,6 +166,13 @@ def test_timers(phase: Phase, next_index: int, silent_ms: int, first_by_in_ms: i
 def test_the_first_token_is_awaited_for_three_times_what_was_predicted(predicted_ms: int, patience_ms: int) -> None:
     state = ask(now_ms=500, first_token_in_ms=predicted_ms, keeps=False)
     assert state == Relay(phase="asked", heard_at_ms=500, first_by_ms=500 + patience_ms)
+
+
+@pytest.mark.parametrize("keeps", [False, True])
+def test_a_caller_who_waits_for_a_model_leaves_the_node_that_much_longer(keeps: bool) -> None:
+    at_once = ask(now_ms=500, first_token_in_ms=0, keeps=keeps)
+    later = ask(now_ms=500, first_token_in_ms=0, keeps=keeps, load_wait_ms=60_000)
+    assert later == replace(at_once, first_by_ms=at_once.first_by_ms + 60_000)
 
 
 @pytest.mark.parametrize(("next_index", "keeps", "started"), [(0, False, False), (1, False, True), (0, True, False), (5, True, False)])

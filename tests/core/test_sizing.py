@@ -4,7 +4,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fallow.core.sizing import BATCH_TOKENS, CONTEXT_TOKENS_MAX, OVERHEAD_BYTES, SLOTS_MAX, EngineSize, size_engine
+from fallow.core.sizing import (
+    BATCH_TOKENS,
+    CONTEXT_TOKENS_MAX,
+    OVERHEAD_BYTES,
+    SLOTS_MAX,
+    EngineSize,
+    memory_limit,
+    size_encoder,
+    size_engine,
+)
 
 PROMISE = settings(derandomize=True, deadline=None, max_examples=60)
 MIB = 1024 * 1024
@@ -32,9 +41,19 @@ def free_for(*, weights: int, context: int, kv: int) -> int:
 )
 def test_size_engine(cores: int, free: int, context: int, then: tuple[int, int, int] | None) -> None:
     size = size_engine(
-        cores_physical=cores, memory_free_bytes=free, weights_bytes=100 * MIB, context_tokens=context, kv_bytes_per_token=4096
+        cores_physical=cores,
+        memory_limit_bytes=memory_limit(memory_free_bytes=free, wanted_gb=0),
+        weights_bytes=100 * MIB,
+        context_tokens=context,
+        kv_bytes_per_token=4096,
     )
-    wanted = then and EngineSize(threads=then[0], slots=then[1], context_tokens=then[2], batch_tokens=BATCH_TOKENS)
+    wanted = then and EngineSize(
+        threads=then[0],
+        slots=then[1],
+        context_tokens=then[2],
+        batch_tokens=BATCH_TOKENS,
+        memory_bytes=100 * MIB + OVERHEAD_BYTES + then[2] * 4096,
+    )
     assert size == wanted
 
 
@@ -47,7 +66,13 @@ def test_size_engine(cores: int, free: int, context: int, then: tuple[int, int, 
     kv=st.integers(0, 1_000_000),
 )
 def test_an_engine_fits_and_none_means_that_it_cannot(cores: int, free: int, weights: int, context: int, kv: int) -> None:
-    size = size_engine(cores_physical=cores, memory_free_bytes=free, weights_bytes=weights, context_tokens=context, kv_bytes_per_token=kv)
+    size = size_engine(
+        cores_physical=cores,
+        memory_limit_bytes=memory_limit(memory_free_bytes=free, wanted_gb=0),
+        weights_bytes=weights,
+        context_tokens=context,
+        kv_bytes_per_token=kv,
+    )
     room = free // 2 - weights - OVERHEAD_BYTES
     if size is None:
         assert context < 512 or room < 512 * max(1, kv)
@@ -58,3 +83,15 @@ def test_an_engine_fits_and_none_means_that_it_cannot(cores: int, free: int, wei
     assert size.slots * 512 <= size.context_tokens
     assert 1 <= size.threads <= cores
     assert size.threads < cores or cores == 1
+
+
+def test_the_owner_sets_the_limit_or_it_is_half_of_what_is_free() -> None:
+    assert memory_limit(memory_free_bytes=10_000, wanted_gb=0) == 5_000
+    assert memory_limit(memory_free_bytes=10_000, wanted_gb=1.5) == 1_500_000_000
+
+
+def test_an_encoder_has_a_queue_and_no_cache() -> None:
+    size = size_encoder(cores_physical=4, weights_bytes=20 * MIB, context_tokens=256)
+    assert (size.threads, size.context_tokens) == (3, 256)
+    assert size.slots > 1
+    assert 20 * MIB < size.memory_bytes < 20 * MIB * 5 + OVERHEAD_BYTES

@@ -17,6 +17,7 @@ from fallow.core.watch import (
     Loaded,
     Phase,
     Tick,
+    Unwanted,
     Wanted,
     Watch,
     is_failed,
@@ -40,21 +41,22 @@ def state(phase: Phase, *, faults: int = 0, since_ms: int | None = None, until_m
 
 LOAD_MS = watch.LOAD_MS_BASE + watch.LOAD_MS_PER_GIB  # for the one GiB above
 
-# (event, now) -> phase and effect from: cold, loading, ready, stopping, backing_off
-PHASES: tuple[Phase, ...] = ("cold", "loading", "ready", "stopping", "backing_off")
-TABLE: list[tuple[str, Event, int, tuple[str, str, str, str, str]]] = [
-    ("wanted", Wanted(), NOW, ("loading Launch", "loading", "ready", "stopping", "backing_off")),
-    ("loaded", Loaded(), NOW, ("cold", "ready", "ready", "stopping", "backing_off")),
-    ("exited", Exited(), NOW, ("cold", "backing_off", "backing_off", "backing_off", "backing_off")),
-    ("idle", IDLE, NOW, ("cold", "loading", "ready", "stopping", "backing_off")),
-    ("busy", BUSY, NOW, ("cold", "loading", "ready", "stopping", "backing_off")),
-    ("stuck", STUCK, NOW, ("cold", "loading", "stopping Kill:stalled", "stopping", "backing_off")),
-    ("time is up", IDLE, UNTIL, ("cold", "loading", "ready", "stopping Kill:not_stopped", "loading Launch")),
+# (event, now) -> phase and effect from: cold, loading, ready, stopping, leaving, backing_off
+PHASES: tuple[Phase, ...] = ("cold", "loading", "ready", "stopping", "leaving", "backing_off")
+TABLE: list[tuple[str, Event, int, tuple[str, str, str, str, str, str]]] = [
+    ("wanted", Wanted(), NOW, ("loading Launch", "loading", "ready", "stopping", "leaving", "backing_off")),
+    ("unwanted", Unwanted(), NOW, ("cold", "leaving Kill:unwanted", "leaving Kill:unwanted", "leaving", "leaving", "cold")),
+    ("loaded", Loaded(), NOW, ("cold", "ready", "ready", "stopping", "leaving", "backing_off")),
+    ("exited", Exited(), NOW, ("cold", "backing_off", "backing_off", "backing_off", "cold", "backing_off")),
+    ("idle", IDLE, NOW, ("cold", "loading", "ready", "stopping", "leaving", "backing_off")),
+    ("busy", BUSY, NOW, ("cold", "loading", "ready", "stopping", "leaving", "backing_off")),
+    ("stuck", STUCK, NOW, ("cold", "loading", "stopping Kill:stalled", "stopping", "leaving", "backing_off")),
+    ("time is up", IDLE, UNTIL, ("cold", "loading", "ready", "stopping Kill:not_stopped", "leaving Kill:not_stopped", "loading Launch")),
     (
         "time is over",
         IDLE,
         UNTIL + 1,
-        ("cold", "stopping Kill:load_too_long", "ready", "stopping Kill:not_stopped", "loading Launch"),
+        ("cold", "stopping Kill:load_too_long", "ready", "stopping Kill:not_stopped", "leaving Kill:not_stopped", "loading Launch"),
     ),
 ]
 

@@ -1,4 +1,4 @@
-"""llama.cpp's event streams on their way to a caller: edited alike however they are cut, with nothing of the text touched."""
+"""llama.cpp's event streams, read into events: alike however they are cut, with nothing of the text touched."""
 
 import contextlib
 import itertools
@@ -13,15 +13,16 @@ from hypothesis import strategies as st
 
 from fallow.model.errors import EngineFailed
 from fallow.model.receipt import Usage
-from fallow.wire.llama_answer import StreamedAnswer, WholeAnswer, added, openai_usage, refusal
-from fallow.wire.openai import CHAT
-from fallow.wire.sse import DONE, EventCutter
+from fallow.wire.generation import Alternative, Ended, Event, Reasoning, Text, Token
+from fallow.wire.llama_answer import LOGPROB_MIN, EngineStream, added, refusal
+from fallow.wire.sse import DONE, EVENT_BYTES_MAX
 
-PROMISE = settings(derandomize=True, deadline=None, max_examples=80)
+PROMISE = settings(derandomize=True, deadline=None, max_examples=150)
 META = {"created": 1, "id": "chatcmpl-x", "model": "m", "system_fingerprint": "b0", "object": "chat.completion.chunk"}
 TEXT_META = {**META, "id": "cmpl-x", "object": "text_completion"}
-TIMINGS = {"prompt_n": 35, "predicted_per_second": 17.5}
+TIMINGS = {"cache_n": 4, "prompt_n": 31, "predicted_n": 2, "predicted_per_second": 17.5}
 ROLE = {"role": "assistant", "content": None}
+PARAMS = {"messages": "messages"}
 
 
 # Events as the engine writes them: compact, in this order of keys, non-ASCII as it is.
@@ -101,29 +102,12 @@ def cut(data: bytes, places: Iterable[int]) -> list[bytes]:
     return [data[start:end] for start, end in itertools.pairwise(edges)]
 
 
-def stream(chunks: Iterable[bytes], *, include_usage: bool = False) -> tuple[bytes, StreamedAnswer]:
-    answer = StreamedAnswer(include_usage=include_usage)
-    return b"".join([answer.feed(chunk) for chunk in chunks]), answer
+def read(chunks: Iterable[bytes], *, choices: int = 1, first: int = 0, top: int | None = None) -> tuple[list[Event], EngineStream]:
+    stream = EngineStream(choices=choices, first=first, top_logprobs=top)
+    return [one for chunk in chunks for one in stream.feed(chunk)], stream
 
 
-def whole(chunks: Iterable[bytes], *, chat: bool = True, choices: int = 1) -> tuple[dict[str, Any], WholeAnswer]:
-    answer = WholeAnswer(chat=chat, choices=choices)
-    for chunk in chunks:
-        answer.feed(chunk)
-    body: dict[str, Any] = json.loads(answer.body())
-    return body, answer
-
-
-def opened(out: bytes) -> list[dict[str, Any]]:
-    """The events that a caller gets, without DONE, which must close them."""
-    events = EventCutter().feed(out)
-    assert b"".join(events) == out
-    assert events[-1] == DONE
-    assert DONE not in events[:-1]
-    return [json.loads(one.removeprefix(b"data: ")) for one in events[:-1]]
-
-
-# A whole stream in full, for people to read.
+# Whole streams in full, for people to read.
 CHAT_STREAM = [
     progress(0, 0), progress(0, 35), role(0), word(0, "Once"), word(0, " upon"), delta(0, {}, "length"), account(2), DONE,
 ]  # fmt: skip
@@ -136,105 +120,60 @@ TEXT_STREAM = [
 ]
 
 
-@pytest.mark.parametrize("include_usage", [False, True])
-def test_a_streamed_chat(include_usage: bool) -> None:
-    out, answer = stream(CHAT_STREAM, include_usage=include_usage)
-    wanted: list[dict[str, Any]] = [
-        {"choices": [{"finish_reason": None, "index": 0, "delta": {"role": "assistant", "content": ""}}], **META},
-        {"choices": [{"finish_reason": None, "index": 0, "delta": {"content": "Once"}}], **META},
-        {"choices": [{"finish_reason": None, "index": 0, "delta": {"content": " upon"}}], **META},
-        {"choices": [{"finish_reason": "length", "index": 0, "delta": {}}], **META},
-    ]
-    assert opened(out) == wanted + ([{"choices": [], **META, "usage": usage(2)}] if include_usage else [])
-    assert answer.usage == Usage(prompt_tokens=35, output_tokens=2)
-    assert answer.is_whole
+def test_a_chat() -> None:
+    events, stream = read(CHAT_STREAM)
+    assert events == [Text(0, "Once"), Text(0, " upon"), Ended(0, "length")]
+    assert stream.usage == Usage(prompt_tokens=35, output_tokens=2)
+    assert stream.is_whole
 
 
-@pytest.mark.parametrize("include_usage", [False, True])
-def test_a_streamed_completion(include_usage: bool) -> None:
-    out, answer = stream(TEXT_STREAM, include_usage=include_usage)
-    wanted: list[dict[str, Any]] = [
-        {"choices": [{"text": " there", "index": 0, "logprobs": None, "finish_reason": None}], **TEXT_META},
-        {"choices": [{"text": " was", "index": 0, "logprobs": None, "finish_reason": None}], **TEXT_META},
-        {"choices": [{"text": "", "index": 0, "logprobs": None, "finish_reason": "stop"}], **TEXT_META},
-    ]
-    assert opened(out) == wanted + ([{"choices": [], **TEXT_META, "usage": usage(2)}] if include_usage else [])
-    assert answer.usage == Usage(prompt_tokens=35, output_tokens=2)
+def test_a_completion() -> None:
+    events, stream = read(TEXT_STREAM)
+    assert events == [Text(0, " there"), Text(0, " was"), Ended(0, "stop")]
+    assert stream.usage == Usage(prompt_tokens=35, output_tokens=2)
+    assert stream.is_whole
 
 
-def test_a_whole_chat() -> None:
-    body, answer = whole(CHAT_STREAM)
-    message = {"role": "assistant", "content": "Once upon", "refusal": None}
-    assert body == {
-        "id": "chatcmpl-x",
-        "object": "chat.completion",
-        "created": 1,
-        "model": "m",
-        "system_fingerprint": "b0",
-        "choices": [{"index": 0, "message": message, "logprobs": None, "finish_reason": "length"}],
-        "usage": usage(2),
-    }
-    assert answer.usage == Usage(prompt_tokens=35, output_tokens=2)
-
-
-def test_a_whole_completion() -> None:
-    body, _ = whole(TEXT_STREAM, chat=False)
-    assert body == {
-        "id": "cmpl-x",
-        "object": "text_completion",
-        "created": 1,
-        "model": "m",
-        "system_fingerprint": "b0",
-        "choices": [{"text": " there was", "index": 0, "logprobs": None, "finish_reason": "stop"}],
-        "usage": usage(2),
-    }
+@pytest.mark.parametrize("first", [0, 1, 6])
+def test_choices_are_numbered_from_the_first(first: int) -> None:
+    events = [word(1, "b"), word(0, "a"), delta(0, {}, "stop"), account(1), delta(1, {}, "length"), account(1), DONE]
+    told, stream = read(events, choices=2, first=first)
+    assert told == [Text(first + 1, "b"), Text(first, "a"), Ended(first, "stop"), Ended(first + 1, "length")]
+    assert stream.usage == Usage(prompt_tokens=35, output_tokens=2)
 
 
 def test_reasoning_is_kept_apart() -> None:
-    events = [role(0), delta(0, {"reasoning_content": "hm"}), delta(0, {"reasoning_content": "m"}), word(0, "Yes"), delta(0, {}, "stop")]
-    body, _ = whole([*events, account(3), DONE])
-    assert body["choices"][0]["message"] == {"role": "assistant", "content": "Yes", "refusal": None, "reasoning_content": "hmm"}
-    out, _ = stream([*events, account(3), DONE])
-    assert events[1] + events[2] in out
+    thoughts = [delta(0, {"reasoning_content": "hm"}), delta(0, {"reasoning_content": ""}), delta(0, {"reasoning_content": "m"})]
+    events, _ = read([role(0), *thoughts, word(0, "Yes"), delta(0, {}, "stop"), account(3), DONE])
+    assert events == [Reasoning(0, "hm"), Reasoning(0, "m"), Text(0, "Yes"), Ended(0, "stop")]
 
 
 def test_an_answer_without_a_word() -> None:
-    events = [progress(0, 0), role(0), delta(0, {}, "stop"), account(0), DONE]
-    assert [one["choices"][0]["delta"] for one in opened(stream(events)[0])] == [{"role": "assistant", "content": ""}, {}]
-    assert whole(events)[0]["choices"][0]["message"]["content"] == ""
+    assert read([progress(0, 0), role(0), delta(0, {}, "stop"), account(0), DONE])[0] == [Ended(0, "stop")]
 
 
-def test_nothing_is_sent_before_the_first_word() -> None:
-    answer = StreamedAnswer(include_usage=True)
-    assert [answer.feed(one) for one in (progress(0, 0), progress(0, 20), progress(0, 35), role(0))] == [b""] * 4
-    assert answer.feed(word(0, "a")).count(b"data: ") == 2
-    assert answer.feed(role(0)) == b""  # said late, and dropped
-    assert answer.feed(word(0, "b")) == word(0, "b")
+@pytest.mark.parametrize(
+    ("finish", "reason"), [("stop", "stop"), ("length", "length"), ("tool_calls", "stop"), ("content_filter", "stop"), ("", "stop")]
+)
+def test_ends(finish: str, reason: str) -> None:
+    events, _ = read([delta(0, {}, finish)])
+    assert events == [Ended(0, "length" if reason == "length" else "stop")]
 
 
 NASTY = [
     'prompt_progress', '"prompt_progress":', '"prompt_progress":{}', '"usage":', '"usage":{"prompt_tokens":1}', '"timings":{}',
     '"delta":{"role":"assistant","content":null}', 'data: {"error":', 'data: [DONE]\n\n', '\n\n', '\\', '\\"', '"', '{"choices":[]}',
-    '\\"usage\\":', 'é', '日本', '😀', '\u2028', '\x00', '\x7f', "",
+    '\\"usage\\":', 'é', '日本', '😀', '\u2028', '\x00', '\x7f', 'data: null\n\n', ':', '\r\n', "",
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("text", NASTY, ids=ascii)
 def test_no_text_is_taken_for_something_else(text: str) -> None:
+    mine = [Text(0, text)] if text else []
     events = [progress(0, 0), role(0), word(0, text), word(0, "."), delta(0, {}, "stop"), account(2), DONE]
-    out, _ = stream(events, include_usage=True)
-    assert word(0, text) + word(0, ".") in out
-    assert out.count(word(0, text)) == 1
-    assert whole(events)[0]["choices"][0]["message"]["content"] == text + "."
+    assert read(events)[0] == [*mine, Text(0, "."), Ended(0, "stop")]
     events = [text_event(0, text), text_event(0, ".", "stop", usage=usage(2), timings=TIMINGS), DONE]
-    assert stream(events)[0].startswith(text_event(0, text))
-    assert whole(events, chat=False)[0]["choices"][0]["text"] == text + "."
-
-
-@pytest.mark.parametrize("text", NASTY, ids=ascii)
-def test_no_text_in_an_event_that_is_rewritten_is_lost(text: str) -> None:
-    out, _ = stream([text_event(0, text, "stop", usage=usage(2), timings=TIMINGS), DONE])
-    assert [one["choices"][0]["text"] for one in opened(out)] == [text]
+    assert read(events)[0] == [*mine, Text(0, "."), Ended(0, "stop")]
 
 
 some_choice = st.builds(
@@ -249,187 +188,181 @@ some_places = st.lists(st.integers(0, 10**6), max_size=15)
 
 @PROMISE
 @given(some_choices, some_places, st.integers(0, 2**32), st.booleans(), st.integers(0, 3))
-def test_a_streamed_chat_is_the_same_however_it_is_cut(
-    choices: list[Choice], places: list[int], seed: int, include_usage: bool, repeats: int
-) -> None:
-    events = interleaved([chat_events(i, choice, repeats) for i, choice in enumerate(choices)], random.Random(seed))
-    out, answer = stream(cut(b"".join(events), places), include_usage=include_usage)
-    assert out == stream(events, include_usage=include_usage)[0]
-    told = opened(out)
-    for index, choice in enumerate(choices):
-        mine = [one for one in told if one["choices"] and one["choices"][0]["index"] == index]
-        assert [one["choices"][0]["delta"] for one in mine] == [
-            {"role": "assistant", "content": ""},
-            *({"content": text} for text in choice.words),
-            {},
-        ]
-        assert [one["choices"][0]["finish_reason"] for one in mine][-1] == choice.finish
-    accounts = [one["usage"] for one in told if "usage" in one]
-    total = sum(len(choice.words) for choice in choices)
-    assert [one["completion_tokens"] for one in accounts] == ([total] if include_usage else [])
-    assert not any("timings" in one or "prompt_progress" in one for one in told)
-    assert sum(not one["choices"] for one in told) == include_usage
-    assert answer.is_whole
-    assert answer.usage is not None
-    assert (answer.usage.prompt_tokens, answer.usage.output_tokens) == (35, total)
-
-
-@PROMISE
-@given(some_choices, some_places, st.integers(0, 2**32), st.booleans(), st.integers(0, 3))
-def test_a_streamed_completion_is_the_same_however_it_is_cut(
-    choices: list[Choice], places: list[int], seed: int, include_usage: bool, repeats: int
-) -> None:
-    events = interleaved([text_events(i, choice, repeats) for i, choice in enumerate(choices)], random.Random(seed))
-    out, answer = stream(cut(b"".join(events), places), include_usage=include_usage)
-    assert out == stream(events, include_usage=include_usage)[0]
-    told = opened(out)
-    for index, choice in enumerate(choices):
-        mine = [one["choices"][0] for one in told if one["choices"] and one["choices"][0]["index"] == index]
-        assert [one["text"] for one in mine] == [*choice.words, ""]
-        assert mine[-1]["finish_reason"] == choice.finish
-    total = sum(len(choice.words) for choice in choices)
-    assert [one["usage"]["completion_tokens"] for one in told if "usage" in one] == ([total] if include_usage else [])
-    assert not any("timings" in one or "prompt_progress" in one for one in told)
-    assert answer.usage is not None
-    assert answer.usage.output_tokens == total
-
-
-@PROMISE
-@given(some_choices, some_places, st.integers(0, 2**32), st.booleans())
-def test_a_whole_answer_is_the_same_however_it_is_cut(choices: list[Choice], places: list[int], seed: int, chat: bool) -> None:
+def test_a_stream_is_the_same_however_it_is_cut(choices: list[Choice], places: list[int], seed: int, chat: bool, repeats: int) -> None:
     make = chat_events if chat else text_events
-    events = interleaved([make(i, choice, 2) for i, choice in enumerate(choices)], random.Random(seed))
-    body, answer = whole(cut(b"".join(events), places), chat=chat, choices=len(choices))
-    assert body == whole(events, chat=chat, choices=len(choices))[0]
-    texts = [choice["message"]["content"] if chat else choice["text"] for choice in body["choices"]]
-    assert texts == ["".join(choice.words) for choice in choices]
-    assert [choice["finish_reason"] for choice in body["choices"]] == [choice.finish for choice in choices]
-    assert [choice["index"] for choice in body["choices"]] == list(range(len(choices)))
-    assert answer.usage is not None
-    assert body["usage"] == openai_usage(answer.usage)
-    assert answer.usage.output_tokens == sum(len(choice.words) for choice in choices)
+    events = interleaved([make(i, choice, repeats) for i, choice in enumerate(choices)], random.Random(seed))
+    told, stream = read(cut(b"".join(events), places), choices=len(choices))
+    assert told == read(events, choices=len(choices))[0]
+    for index, choice in enumerate(choices):
+        mine = [one for one in told if one.choice == index]
+        assert mine == [
+            *(Text(index, text) for text in choice.words if text),
+            Ended(index, "length" if choice.finish == "length" else "stop"),
+        ]
+    assert stream.is_whole
+    assert stream.usage is not None
+    assert (stream.usage.prompt_tokens, stream.usage.output_tokens) == (35, sum(len(choice.words) for choice in choices))
+
+
+@pytest.mark.parametrize("events", [CHAT_STREAM, TEXT_STREAM])
+def test_a_stream_can_be_cut_at_every_byte(events: list[bytes]) -> None:
+    data = b"".join(events)
+    told = read(events)[0]
+    assert read([bytes([byte]) for byte in data])[0] == told
+    for at in range(len(data)):
+        assert read([data[:at], data[at:]])[0] == told
+        assert not read([data[:at]])[1].is_whole
 
 
 @PROMISE
 @given(some_choice, some_places, st.integers(0, 10**6))
 def test_a_stream_that_breaks_off_is_never_called_whole(choice: Choice, places: list[int], end: int) -> None:
     data = b"".join([*chat_events(0, choice, 1), DONE])
-    short = data[: end % len(data)]
-    out, streamed = stream(cut(short, places))
-    assert not streamed.is_whole
-    assert DONE not in out
-    with pytest.raises(EngineFailed, match="in the middle"):
-        whole(cut(short, places))
+    told, stream = read(cut(data[: end % len(data)], places))
+    assert not stream.is_whole
+    assert told == read([data])[0][: len(told)]
 
 
-def test_an_answer_without_its_last_event_was_cut_off() -> None:
-    assert not stream(CHAT_STREAM[:-1])[1].is_whole
-    with pytest.raises(EngineFailed, match="in the middle"):
-        whole(CHAT_STREAM[:-1])
-
-
-def test_a_stream_without_usage_is_not_a_whole_answer() -> None:
-    with pytest.raises(EngineFailed):
-        whole([role(0), word(0, "a"), delta(0, {}, "stop"), DONE])
-    out, answer = stream([role(0), word(0, "a"), delta(0, {}, "stop"), DONE], include_usage=True)
-    assert out.endswith(DONE)
-    assert answer.usage is None
+def test_a_stream_that_does_not_count_has_no_usage() -> None:
+    _, stream = read([role(0), word(0, "a"), delta(0, {}, "stop"), DONE])
+    assert stream.is_whole
+    assert stream.usage is None
 
 
 ERROR = event({"error": {"code": 500, "message": "Context size has been exceeded.", "type": "server_error"}})
 
 
+@pytest.mark.parametrize("error", [ERROR, b"error: " + ERROR.removeprefix(b"data: ")])
 @pytest.mark.parametrize("before", [[], [progress(0, 0)], [role(0), word(0, "a")]])
-def test_an_error_of_the_engine_ends_the_answer(before: list[bytes]) -> None:
-    streamed, collected = StreamedAnswer(include_usage=True), WholeAnswer(chat=True, choices=1)
+def test_an_error_of_the_engine_ends_the_answer(before: list[bytes], error: bytes) -> None:
+    stream = EngineStream(choices=1)
     for one in before:
-        streamed.feed(one)
-        collected.feed(one)
-    for feed in (streamed.feed, collected.feed):
-        with pytest.raises(EngineFailed, match="broke off") as caught:
-            feed(ERROR)
-        assert "Context" not in caught.value.message  # the engine's words may hold the prompt
+        stream.feed(one)
+    with pytest.raises(EngineFailed, match="broke off") as caught:
+        stream.feed(error)
+    assert "Context" not in caught.value.message, "the engine's words may hold the prompt"
 
 
 @pytest.mark.parametrize(
     "bad",
     [
-        b"data: {\n\n",
-        b"data: []\n\n",
-        b"data: {}\n\n",
-        b'data: {"choices":{}}\n\n',
-        b'data: {"choices":[{"index":"0"}]}\n\n',
-        b'data: {"choices":[{"index":0,"delta":{"content":5}}]}\n\n',
-        b'data: {"choices":[{"index":0,"text":5}]}\n\n',
-        b'data: {"choices":[{"index":1,"delta":{"content":"a"}}]}\n\n',
-        b'data: {"choices":[{"index":-1,"delta":{"content":"a"}}]}\n\n',
-        event({"choices": [], "usage": {"prompt_tokens": "many"}}),
-    ],
-)
-def test_a_whole_answer_is_not_made_of_nonsense(bad: bytes) -> None:
-    with pytest.raises(EngineFailed):
-        WholeAnswer(chat=True, choices=1).feed(bad)
-
-
-@pytest.mark.parametrize(
-    "bad",
-    [
-        b'data: {"choices":[,"usage":{}}\n\n',
-        b'data: {"choices":[],"usage":[]}\n\n',
-        b'data: {"choices":[],"usage":{"prompt_tokens":"many"}}\n\n',
-        b'data: {"choices":5,"usage":{}}\n\n',
-        b'data: ["usage":1]\n\n',
-        b'{"choices":[],"usage":{}}\n\n',
-        b'data: {"choices":5,"prompt_progress":{}}\n\n',
-        b'data: {"prompt_progress":{}}\n\n',
-    ],
-)
-def test_an_event_to_be_rewritten_must_be_readable(bad: bytes) -> None:
-    with pytest.raises(EngineFailed):
-        StreamedAnswer(include_usage=True).feed(bad)
-
-
-@pytest.mark.parametrize(
-    "bad",
-    [
+        pytest.param(b"data: {\n\n", id="cut"),
+        pytest.param(b"data: []\n\n", id="a list"),
+        pytest.param(b"data: {}\n\n", id="empty"),
+        pytest.param(b"data:\n\n", id="nothing"),
+        pytest.param(b"event: x\ndata: {}\n\n", id="named"),
+        pytest.param(b'{"choices":[],"usage":{}}\n\n', id="no event"),
+        pytest.param(b'data: {"choices":{}}\n\n', id="choices"),
+        pytest.param(b'data: {"choices":5,"usage":{}}\n\n', id="a number of choices"),
+        pytest.param(b'data: {"choices":[{"delta":{}}]}\n\n', id="a choice without an index"),
+        pytest.param(b'data: {"choices":[{"index":"0"}]}\n\n', id="index"),
+        pytest.param(b'data: {"choices":[{"index":0,"delta":{"content":5}}]}\n\n', id="content"),
+        pytest.param(b'data: {"choices":[{"index":0,"text":5}]}\n\n', id="text"),
+        pytest.param(b'data: {"choices":[{"index":1,"delta":{"content":"a"}}]}\n\n', id="one choice too many"),
+        pytest.param(b'data: {"choices":[{"index":-1,"delta":{"content":"a"}}]}\n\n', id="a choice before the first"),
+        pytest.param(b'data: {"choices":[],"usage":[]}\n\n', id="usage"),
+        pytest.param(event({"choices": [], "usage": {"prompt_tokens": "many"}}), id="usage in words"),
+        pytest.param(event({"choices": [], "usage": {"completion_tokens": -1}}), id="impossible usage"),
+        pytest.param(event({"choices": [], "timings": {"predicted_n": -1}}), id="impossible timings"),
+        pytest.param(event({"choices": [{"index": 0, "logprobs": {"content": [{"logprob": -1}]}}]}), id="logprob of nothing"),
         pytest.param(b'data: {"choices":[{"index":0,"delta":{"content":"\xff"}}],"usage":{}}\n\n', id="not UTF-8"),
         pytest.param(b'data: {"choices":[],"usage":' + b"[" * 20_000 + b"\n\n", id="deep"),
-        pytest.param(b'data: {"choices":[],"prompt_progress":{}}\n\n', id="progress of no choice"),
-        pytest.param(b'data: {"choices":[{"delta":{}}],"prompt_progress":{}}\n\n', id="a choice without an index"),
+        pytest.param(b"data: " + b"x" * EVENT_BYTES_MAX, id="without end"),
     ],
 )
 def test_nonsense_of_any_kind_is_a_fault_of_the_engine(bad: bytes) -> None:
     with pytest.raises(EngineFailed):
-        StreamedAnswer(include_usage=True).feed(bad)
+        EngineStream(choices=1, top_logprobs=1).feed(bad)
+
+
+@pytest.mark.parametrize("index", [0, 1, 2])
+def test_only_choices_that_were_asked_for_are_read(index: int) -> None:
+    stream = EngineStream(choices=2, first=5)
+    if index < 2:
+        assert stream.feed(word(index, "a")) == [Text(5 + index, "a")]
+        return
+    with pytest.raises(EngineFailed, match="nobody asked for"):
+        stream.feed(word(index, "a"))
+
+
+def logprob(token: str, value: float | None, *others: tuple[str, float | None], **more: Any) -> dict[str, Any]:
+    """As llama.cpp tells of one token."""
+    top = [{"id": 6, "token": name, "bytes": list(name.encode()), "logprob": one} for name, one in others]
+    return {"id": 5, "token": token, "bytes": list(token.encode()), "logprob": value, "top_logprobs": top, **more}
+
+
+def chosen(text: str, *content: dict[str, Any]) -> bytes:
+    one = {"finish_reason": None, "index": 0, "delta": {"content": text}, "logprobs": {"content": list(content)}}
+    return event({"choices": [one], **META})
 
 
 @PROMISE
 @given(
-    st.sampled_from([CHAT_STREAM, TEXT_STREAM]),
+    st.sampled_from([CHAT_STREAM, TEXT_STREAM, [chosen("Hi", logprob("Hi", -0.25, ("Hi", -0.25), ("He", -1.5))), *CHAT_STREAM]]),
     st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 255)), min_size=1, max_size=4),
     some_places,
 )
-def test_a_damaged_stream_is_passed_on_or_a_fault_of_the_engine(
-    events: list[bytes], changes: list[tuple[int, int]], places: list[int]
-) -> None:
+def test_a_damaged_stream_is_read_or_a_fault_of_the_engine(events: list[bytes], changes: list[tuple[int, int]], places: list[int]) -> None:
     data = bytearray(b"".join(events))
     for at, byte in changes:
         data[at % len(data)] = byte
-    chunks = cut(bytes(data), places)
     with contextlib.suppress(EngineFailed):
-        stream(chunks, include_usage=True)
-    with contextlib.suppress(EngineFailed):
-        whole(chunks, chat=events is CHAT_STREAM)
+        read(cut(bytes(data), places), top=2)
 
 
-@pytest.mark.parametrize("at", [0, 1, 4])
-def test_a_comment_that_keeps_the_connection_alive_is_not_an_answer(at: int) -> None:
-    events = [*CHAT_STREAM[:at], b":\n\n", *CHAT_STREAM[at:]]
-    assert whole(events)[0] == whole(CHAT_STREAM)[0]
+NOTHING = [b":\n\n", b": ping\n\n", b"data: null\n\n"]
 
 
-def test_a_comment_does_not_begin_a_streamed_answer() -> None:
-    assert stream([progress(0, 0), b":\n\n"])[0] == b""
+@pytest.mark.parametrize("nothing", NOTHING)
+@pytest.mark.parametrize("at", [0, 1, 4, len(CHAT_STREAM)])
+def test_what_keeps_the_connection_alive_is_no_answer(nothing: bytes, at: int) -> None:
+    told, stream = read([*CHAT_STREAM[:at], nothing, *CHAT_STREAM[at:]])
+    assert told == read(CHAT_STREAM)[0]
+    assert stream.is_whole
+
+
+def test_lines_may_end_as_other_servers_end_them() -> None:
+    assert read([b"".join(CHAT_STREAM).replace(b"\n", b"\r\n")])[0] == read(CHAT_STREAM)[0]
+
+
+@pytest.mark.parametrize(
+    ("top", "alternatives"),
+    [(None, None), (0, []), (1, [("Hi", -0.25)]), (2, [("Hi", -0.25), ("He", -1.5)]), (5, [("Hi", -0.25), ("He", -1.5)])],
+)
+def test_log_probabilities(top: int | None, alternatives: list[tuple[str, float]] | None) -> None:
+    events, _ = read([chosen("Hi", logprob("Hi", -0.25, ("Hi", -0.25), ("He", -1.5)))], top=top)
+    if alternatives is None:
+        assert events == [Text(0, "Hi")], "nobody asked for them"
+        return
+    others = tuple(Alternative(name, list(name.encode()), value) for name, value in alternatives)
+    assert events == [Text(0, "Hi", (Token("Hi", [72, 105], -0.25, others),))]
+
+
+@pytest.mark.parametrize(
+    ("value", "told"),
+    [(-3.4e38, LOGPROB_MIN), (None, LOGPROB_MIN), (-1e4, LOGPROB_MIN), (LOGPROB_MIN, LOGPROB_MIN), (-0.5, -0.5), (0, 0.0), (1e-9, 0.0)],
+)
+def test_a_log_probability_is_one(value: float | None, told: float) -> None:
+    events, _ = read([chosen("Hi", logprob("Hi", value, ("He", value)))], top=1)
+    assert events == [Text(0, "Hi", (Token("Hi", [72, 105], told, (Alternative("He", [72, 101], told),)),))]
+
+
+def test_part_of_a_character_is_told_by_its_bytes() -> None:
+    """A token may be less than a character: then there is no text yet, but there is a token."""
+    events, _ = read([chosen("", logprob("\ufffd", -1.0, bytes=[0xF0, 0x9F])), chosen("é", logprob("é", -1.0, bytes=None))], top=0)
+    assert events == [Text(0, "", (Token("\ufffd", [0xF0, 0x9F], -1.0),)), Text(0, "é", (Token("é", [0xC3, 0xA9], -1.0),))]
+
+
+def test_no_log_probabilities_where_they_are_wanted() -> None:
+    assert read([delta(0, {"content": "a"}), text_event(0, "b")], top=1)[0] == [Text(0, "a"), Text(0, "b")]
+
+
+def test_timings_count_an_answer_that_is_left_early() -> None:
+    events = [delta(0, {"content": "a"}, timings={"cache_n": 20, "prompt_n": 15, "predicted_n": n}) for n in (1, 2, 3)]
+    _, stream = read(events)
+    assert stream.timed == Usage(prompt_tokens=35, cached_tokens=20, output_tokens=3)
+    assert stream.usage is None
+    assert EngineStream(choices=1).timed == Usage()
 
 
 @pytest.mark.parametrize(
@@ -466,10 +399,13 @@ def llama_error(kind: str, **more: Any) -> bytes:
     return json.dumps({"error": {"code": 400, "message": "the SECRET prompt", "type": kind, **more}}).encode()
 
 
+TOO_LONG = llama_error("exceed_context_size_error", n_prompt_tokens=9_000, n_ctx=8_192)
+
+
 @pytest.mark.parametrize(
     ("status", "body", "code"),
     [
-        (400, llama_error("exceed_context_size_error", n_prompt_tokens=9_000, n_ctx=8_192), "context_length_exceeded"),
+        (400, TOO_LONG, "context_length_exceeded"),
         (400, llama_error("invalid_request_error"), "invalid_request"),
         (404, llama_error("not_found_error"), "invalid_request"),
         (422, b"", "invalid_request"),
@@ -487,7 +423,7 @@ def llama_error(kind: str, **more: Any) -> bytes:
     ],
 )
 def test_refusal(status: int, body: bytes, code: str) -> None:
-    failure = refusal(CHAT, status, body)
+    failure = refusal(status, body, PARAMS)
     assert failure.code == code
     assert "SECRET" not in failure.message
     assert (failure.retry_after_ms is not None) == (code == "model_loading")
@@ -495,22 +431,16 @@ def test_refusal(status: int, body: bytes, code: str) -> None:
 
 
 def test_a_prompt_that_is_too_long_is_told_by_how_much() -> None:
-    failure = refusal(CHAT, 400, llama_error("exceed_context_size_error", n_prompt_tokens=9_000, n_ctx=8_192))
+    failure = refusal(400, TOO_LONG, PARAMS)
     assert "9000" in failure.message
     assert "8192" in failure.message
 
 
+@pytest.mark.parametrize(("params", "param"), [({}, None), ({"messages": "prompt"}, "prompt"), ({"messages": "input", "x": "y"}, "input")])
+def test_a_prompt_that_is_too_long_is_named_as_the_caller_named_it(params: dict[str, str], param: str | None) -> None:
+    assert refusal(400, TOO_LONG, params).param == param
+
+
 @pytest.mark.parametrize("body", [b'{"error":{"message":"\xff"}}', b'{"x":' + b"[" * 30_000])
 def test_a_refusal_in_nonsense_is_still_one(body: bytes) -> None:
-    assert refusal(CHAT, 400, body).code == "invalid_request"
-
-
-@pytest.mark.parametrize(
-    ("counted", "told"),
-    [
-        (Usage(), usage(0, 0, 0)),
-        (Usage(prompt_tokens=10, cached_tokens=4, output_tokens=3), usage(3, 10, 4)),
-    ],
-)
-def test_openai_usage(counted: Usage, told: dict[str, Any]) -> None:
-    assert openai_usage(counted) == told
+    assert refusal(400, body, PARAMS).code == "invalid_request"

@@ -9,43 +9,146 @@ from hypothesis import strategies as st
 from msgspec import json as msgjson
 
 from fallow.model.errors import Failure, InvalidRequest
-from fallow.wire.openai import TOKENS_MAX, CallHead, Model, ModelList, StreamOptions, error_body, invalid, read_head
+from fallow.wire.openai import (
+    CHAT,
+    COMPLETIONS,
+    EMBEDDINGS,
+    HEADS,
+    MESSAGES,
+    MESSAGES_COUNT,
+    RERANK,
+    RESPONSES,
+    RESPONSES_COUNT,
+    TOKENS_MAX,
+    CallHead,
+    ChatHead,
+    MessagesHead,
+    Model,
+    ModelList,
+    ResponsesHead,
+    Wishes,
+    error_body,
+    invalid,
+    read_head,
+)
 
-COUNTED = StreamOptions(include_usage=True)
 PROMISE = settings(derandomize=True, deadline=None, max_examples=60)
 
 
 @pytest.mark.parametrize(
     ("body", "head", "output_tokens_max"),
     [
-        (b'{"model":"m"}', CallHead(model="m"), None),
-        (b' \n{"model" : "m", "stream":null, "max_tokens":null}\t', CallHead(model="m"), None),
-        (b'{"model":"m","stream":true}', CallHead(model="m", stream=True), None),
-        (b'{"model":"m","max_tokens":7}', CallHead(model="m", max_tokens=7), 7),
-        (b'{"model":"m","max_completion_tokens":9}', CallHead(model="m", max_completion_tokens=9), 9),
-        (b'{"model":"m","max_tokens":7,"max_completion_tokens":9}', CallHead(model="m", max_tokens=7, max_completion_tokens=9), 9),
-        (b'{"model":"m","max_tokens":1}', CallHead(model="m", max_tokens=1), 1),
-        (b'{"model":"m","max_tokens":2147483647}', CallHead(model="m", max_tokens=TOKENS_MAX), TOKENS_MAX),
-        (b'{"model":"m","service_tier":"flex"}', CallHead(model="m", service_tier="flex"), None),
-        (
-            b'{"model":"m","stream_options":{"include_usage":true}}',
-            CallHead(model="m", stream_options=StreamOptions(include_usage=True)),
-            None,
-        ),
-        (b'{"model":"m","stream_options":{"later":1}}', CallHead(model="m", stream_options=StreamOptions()), None),
-        (b'{"model":"","tools":[{"x":[1,2.5e9,null]}],"temperature":"hot"}', CallHead(model=""), None),  # not the gateway's business
-        (b'{"model":"m","model":"n"}', CallHead(model="n"), None),
-        ('{"model":"Größe \\u00e9"}'.encode(), CallHead(model="Größe é"), None),
+        (b'{"model":"m"}', ChatHead(model="m"), None),
+        (b' \n{"model" : "m", "stream":null, "max_tokens":null}\t', ChatHead(model="m"), None),
+        (b'{"model":"m","stream":true}', ChatHead(model="m", stream=True), None),
+        (b'{"model":"m","max_tokens":7}', ChatHead(model="m", max_tokens=7), 7),
+        (b'{"model":"m","max_completion_tokens":9}', ChatHead(model="m", max_completion_tokens=9), 9),
+        (b'{"model":"m","max_tokens":7,"max_completion_tokens":9}', ChatHead(model="m", max_tokens=7, max_completion_tokens=9), 9),
+        (b'{"model":"m","max_tokens":1}', ChatHead(model="m", max_tokens=1), 1),
+        (b'{"model":"m","max_tokens":2147483647}', ChatHead(model="m", max_tokens=TOKENS_MAX), TOKENS_MAX),
+        (b'{"model":"m","service_tier":"flex"}', ChatHead(model="m", service_tier="flex"), None),
+        (b'{"model":"m","fallow":{}}', ChatHead(model="m", fallow=Wishes()), None),
+        (b'{"model":"m","stream_options":[7],"max_output_tokens":"x"}', ChatHead(model="m"), None),
+        (b'{"model":"","tools":[{"x":[1,2.5e9,null]}],"temperature":"hot"}', ChatHead(model=""), None),  # not the gateway's business
+        (b'{"model":"m","model":"n"}', ChatHead(model="n"), None),
+        ('{"model":"Größe \\u00e9"}'.encode(), ChatHead(model="Größe é"), None),
     ],
 )
-def test_read_head(body: bytes, head: CallHead, output_tokens_max: int | None) -> None:
-    assert read_head(body) == head
-    assert read_head(body).output_tokens_max == output_tokens_max
+def test_the_head_of_a_chat(body: bytes, head: ChatHead, output_tokens_max: int | None) -> None:
+    assert read_head(CHAT, body) == head
+    assert read_head(CHAT, body).output_tokens_max == output_tokens_max
+
+
+ALL = sorted(HEADS)
+STREAMED = [CHAT, COMPLETIONS, RESPONSES, MESSAGES]
+
+
+@pytest.mark.parametrize("path", ALL)
+def test_every_path_has_a_head(path: str) -> None:
+    head = read_head(path, b'{"model":"m","input":[1],"stream":false}')
+    assert (head.model, head.stream, head.output_tokens_max, head.tier) == ("m", False, None, None)
+    with pytest.raises(InvalidRequest, match="model is required"):
+        read_head(path, b"{}")
+
+
+@pytest.mark.parametrize("path", ALL)
+def test_only_some_endpoints_stream(path: str) -> None:
+    body = b'{"model":"m","stream":true}'
+    if path in STREAMED:
+        assert read_head(path, body).stream is True
+        return
+    with pytest.raises(InvalidRequest, match="one piece") as caught:
+        read_head(path, body)
+    assert caught.value.param == "stream"
+
+
+LIMITS = {
+    CHAT: ["max_tokens", "max_completion_tokens"],
+    COMPLETIONS: ["max_tokens"],
+    RESPONSES: ["max_output_tokens"],
+    MESSAGES: ["max_tokens"],
+}
+
+
+@pytest.mark.parametrize(("path", "name"), [(path, name) for path, names in LIMITS.items() for name in names])
+def test_the_limit_of_an_answer(path: str, name: str) -> None:
+    for value in (1, 7, TOKENS_MAX):
+        assert read_head(path, json.dumps({"model": "m", name: value}).encode()).output_tokens_max == value
+    for wrong in (0, -1, TOKENS_MAX + 1, 2**70, "7", 1.5, [7]):
+        with pytest.raises(InvalidRequest) as caught:
+            read_head(path, json.dumps({"model": "m", name: wrong}).encode())
+        assert caught.value.param == name
+
+
+@pytest.mark.parametrize("path", [RESPONSES_COUNT, MESSAGES_COUNT, EMBEDDINGS, RERANK])
+def test_where_nothing_is_written_there_is_no_limit_and_no_tier(path: str) -> None:
+    head = read_head(path, b'{"model":"m","max_tokens":"x","service_tier":5}')
+    assert (head.output_tokens_max, head.tier) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("path", "tier", "known"),
+    [
+        (CHAT, "flex", True),
+        (RESPONSES, "priority", True),
+        (MESSAGES, "auto", True),
+        (MESSAGES, "standard_only", True),
+        (MESSAGES, "flex", False),
+        (CHAT, "standard_only", False),
+        (RESPONSES, "gold", False),
+    ],
+)
+def test_tiers(path: str, tier: str, known: bool) -> None:
+    body = json.dumps({"model": "m", "service_tier": tier}).encode()
+    if known:
+        assert read_head(path, body).tier == tier
+        return
+    with pytest.raises(InvalidRequest) as caught:
+        read_head(path, body)
+    assert caught.value.param == "service_tier"
+
+
+@pytest.mark.parametrize("path", ALL)
+@pytest.mark.parametrize(
+    ("value", "param"), [("null", "fallow"), ("[]", "fallow"), ('"x"', "fallow"), ('{"ring":"own"}', "fallow.ring"), ('{"":1}', "fallow.")]
+)
+def test_our_own_object_has_no_keys_yet(path: str, value: str, param: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        read_head(path, b'{"model":"m","fallow":%s}' % value.encode())
+    assert caught.value.param == param
+    assert isinstance(read_head(path, b'{"model":"m","fallow":{}}').fallow, Wishes)
+
+
+def test_the_types_of_the_heads() -> None:
+    kinds = {path: type(read_head(path, b'{"model":"m"}')) for path in ALL}
+    assert kinds[CHAT] is kinds[COMPLETIONS] is ChatHead
+    assert (kinds[RESPONSES], kinds[MESSAGES]) == (ResponsesHead, MessagesHead)
+    assert {kinds[path] for path in ALL if path not in STREAMED} == {CallHead}
 
 
 @pytest.mark.parametrize("tier", ["auto", "default", "flex", "scale", "priority"])
 def test_every_tier_of_openai_is_understood(tier: str) -> None:
-    assert read_head(json.dumps({"model": "m", "service_tier": tier}).encode()).service_tier == tier
+    assert read_head(CHAT, json.dumps({"model": "m", "service_tier": tier}).encode()).tier == tier
 
 
 @pytest.mark.parametrize(
@@ -55,8 +158,7 @@ def test_every_tier_of_openai_is_understood(tier: str) -> None:
         (b'{"model":5}', "model", "model: Expected `str`, got `int`"),
         (b'{"model":null}', "model", "got `null`"),
         (b'{"model":"m","stream":"yes"}', "stream", "got `str`"),
-        (b'{"model":"m","stream_options":{"include_usage":"yes"}}', "stream_options.include_usage", "got `str`"),
-        (b'{"model":"m","stream_options":[]}', "stream_options", "got `array`"),
+        (b'{"model":"m","fallow":{"ring":"own"}}', "fallow.ring", "fallow.ring has no meaning yet"),
         (b'{"model":"m","max_tokens":1.5}', "max_tokens", "got `float`"),
         (b'{"model":"m","max_tokens":0}', "max_tokens", "between 1 and 2147483647"),
         (b'{"model":"m","max_tokens":-1}', "max_tokens", "between 1 and"),
@@ -79,7 +181,7 @@ def test_every_tier_of_openai_is_understood(tier: str) -> None:
 )
 def test_what_is_wrong_is_named(body: bytes, param: str | None, says: str) -> None:
     with pytest.raises(InvalidRequest) as caught:
-        read_head(body)
+        read_head(CHAT, body)
     assert caught.value.param == param
     assert says in caught.value.message
 
@@ -88,7 +190,7 @@ def test_what_is_wrong_is_named(body: bytes, param: str | None, says: str) -> No
 @given(st.binary(max_size=80) | st.binary(max_size=20).map(lambda raw: b'{"model":"m","stream":' + raw))
 def test_any_bytes_are_read_or_refused(body: bytes) -> None:
     try:
-        head = read_head(body)
+        head = read_head(CHAT, body)
     except InvalidRequest:
         return
     assert isinstance(json.loads(body)["model"], str)
@@ -106,12 +208,12 @@ some_json: st.SearchStrategy[Any] = st.recursive(
 @given(
     st.fixed_dictionaries(
         {},
-        optional=dict.fromkeys(("model", "stream", "stream_options", "max_tokens", "max_completion_tokens", "service_tier"), some_json),
+        optional=dict.fromkeys(("model", "stream", "fallow", "max_tokens", "max_completion_tokens", "service_tier"), some_json),
     )
 )
 def test_a_refusal_names_a_field_of_the_request(fields: dict[str, Any]) -> None:
     try:
-        head = read_head(json.dumps(fields).encode())
+        head = read_head(CHAT, json.dumps(fields).encode())
     except InvalidRequest as error:
         named = error.param
     else:
@@ -135,6 +237,7 @@ def test_a_refusal_names_a_field_of_the_request(fields: dict[str, Any]) -> None:
             "messages[0].content[1].image",
             "messages[0].content[1].image is not a parameter that this model's engine takes",
         ),
+        ("Object contains unknown field `x` - at `$.fallow`", "fallow.x", "fallow.x has no meaning yet; leave it out"),
         ("Expected `float` <= 2.0 - at `$.temperature`", "temperature", "temperature: Expected `float` <= 2.0"),
         ("Expected `str`, got `int` - at `$.metadata[...]`", "metadata[...]", "metadata[...]: Expected `str`, got `int`"),
         ("Expected `object`, got `array`", None, "Expected `object`, got `array`"),

@@ -25,9 +25,9 @@ SOCKET_PATH_MAX = 100
 
 
 class LlamaProcess:
-    """How to start an engine for these weights, as often as needed. The socket is `folder/NAME.sock`."""
+    """How to start an engine for these weights, as often as needed. The socket is `folder/NAME.sock`; `pooling` is for models that embed."""
 
-    def __init__(self, *, weights: Path, weights_sha256: str, model: str, size: EngineSize, folder: Path, name: str) -> None:
+    def __init__(self, *, weights: Path, weights_sha256: str, model: str, size: EngineSize, folder: Path, name: str, pooling: str = "") -> None:
         if importlib.util.find_spec("xllamacpp") is None:
             raise MissingExtra("the llama engine is not installed; run `pip install 'fallow[llama]'`")
         self.socket = folder / f"{name}.sock"
@@ -40,6 +40,7 @@ class LlamaProcess:
             "slots": size.slots,
             "context_tokens": size.context_tokens,
             "batch_tokens": size.batch_tokens,
+            "pooling": pooling,
         }
         self.weights = weights
         self.weights_sha256 = weights_sha256

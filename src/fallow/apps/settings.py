@@ -49,7 +49,10 @@ TEMPLATE = """\
 
 [node]
 # What this machine lends.
-# model = "smollm2-135m-instruct"
+# Models of the catalogue (`fallow models list`); the first is loaded at once, the others when somebody calls for them.
+# models = ["smollm2-135m-instruct"]
+# Memory for all engines together, in GB; 0: half of what is free when the node starts. The least recently used model leaves first.
+# memory_gb = 0
 # region = "unknown"
 # Threads of the engine; 0: one less than there are cores.
 # threads = 0
@@ -63,6 +66,8 @@ TEMPLATE = """\
 [models]
 # Where model files are kept; empty: the user's cache folder.
 # folder = ""
+# Gigabytes that they may take there; 0: all that the disk has.
+# disk_gb = 50
 """
 
 
@@ -81,7 +86,8 @@ class Gateway(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 
 class Node(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    model: str = "smollm2-135m-instruct"
+    models: Annotated[tuple[str, ...], Meta(min_length=1, max_length=64)] = ("smollm2-135m-instruct",)
+    memory_gb: Annotated[float, Meta(ge=0, le=100_000)] = 0.0
     region: Name = "unknown"
     threads: Annotated[int, Meta(ge=0, le=1024)] = 0
     slots: Annotated[int, Meta(ge=0, le=256)] = 0
@@ -91,6 +97,11 @@ class Node(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
 class Models(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     folder: str = ""
+    disk_gb: Annotated[int, Meta(ge=0, le=1_000_000)] = 50
+
+    @property
+    def disk_bytes(self) -> int:
+        return self.disk_gb * 10**9
 
 
 class Document(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -113,7 +113,11 @@ async def _start(settings: Settings, parts: list[Part]) -> tuple[str, str]:
     address = await hub.address()
     gateway_flags = ["--hub", address, "--host", settings.gateway.host, "--port", str(settings.gateway.port)]
     parts.append(gateway := await start_part(settings, "gateway", gateway_flags))
-    parts.append(node := await start_part(settings, "lend", ["--hub", address, "--model", settings.node.model]))
+    parts.append(
+        node := await start_part(
+            settings, "lend", ["--hub", address, *(word for name in settings.node.models for word in ("--model", name))]
+        )
+    )
     base_url, node_id = await asyncio.gather(gateway.address(), node.address())
     await until_ready(base_url)
     return base_url, node_id

@@ -29,7 +29,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 BaseUrl = Annotated[
     str, typer.Option("--base-url", metavar="URL", help="A gateway's address (default: FALLOW_BASE_URL, or the one running here).")
 ]
-Model = Annotated[str | None, typer.Option("--model", metavar="NAME", help="A model of the catalogue.")]
+Models = Annotated[list[str] | None, typer.Option("--model", metavar="NAME", help="A model of the catalogue; may be given several times.")]
 
 
 @app.command()
@@ -37,14 +37,14 @@ def up(
     data: Data = None,
     port: Annotated[int | None, typer.Option("--port", help="The gateway's port; 0: any free one. [default: 8400]")] = None,
     host: Annotated[str | None, typer.Option("--host", help="The gateway's address. [default: 127.0.0.1]")] = None,
-    model: Model = None,
+    model: Models = None,
     ephemeral: Annotated[bool, typer.Option("--ephemeral", help="A data folder of its own that is removed at the end.")] = False,
     verbose: Verbose = False,
 ) -> None:
     """Run everything on this machine: broker, hub, gateway and one node."""
     from fallow.cli import processes
 
-    sys.exit(processes.up(data, port=port, host=host, model=model, ephemeral=ephemeral, verbose=verbose))
+    sys.exit(processes.up(data, port=port, host=host, models=model or None, ephemeral=ephemeral, verbose=verbose))
 
 
 @app.command()
@@ -84,7 +84,7 @@ def gateway(
 def lend(
     hub: HubAddress = "nats://127.0.0.1:8422",
     data: Data = None,
-    model: Model = None,
+    model: Models = None,
     engine: Annotated[str, typer.Option("--engine", metavar="URL", help="An OpenAI-compatible server that runs already.")] = "",
     slots: Annotated[int | None, typer.Option("--slots", help="Calls answered at the same time.")] = None,
     threads: Annotated[int | None, typer.Option("--threads", help="Threads of the engine.")] = None,
@@ -95,7 +95,7 @@ def lend(
     """Lend this machine: run a node."""
     from fallow.cli import processes
 
-    flags = {"node.model": model, "node.slots": slots, "node.threads": threads}
+    flags = {"node.models": model or None, "node.slots": slots, "node.threads": threads}
     sys.exit(processes.lend(data, hub, flags, engine=engine, secret_file=secret_file, verbose=verbose, ready_fd=ready_fd))
 
 
@@ -130,22 +130,75 @@ def status(data: Data = None, base_url: BaseUrl = "", as_json: AsJson = False) -
 
 
 @models.command("list")
-def models_list(data: Data = None, as_json: AsJson = False) -> None:
-    """List the models of the catalogue."""
-    from fallow.cli import pull
+def models_list(
+    data: Data = None,
+    here: Annotated[bool, typer.Option("--here", help="Only those whose files are here.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """List the models of the catalogue, and those of your own."""
+    from fallow.cli import models
 
-    sys.exit(pull.show(data, as_json=as_json))
+    sys.exit(models.list_models(data, as_json=as_json, here=here))
+
+
+@models.command("show")
+def models_show(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A model's name or alias.")],
+    data: Data = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show all that is known of a model."""
+    from fallow.cli import models
+
+    sys.exit(models.show(data, name, as_json=as_json))
 
 
 @models.command("pull")
 def models_pull(
-    name: Annotated[str, typer.Argument(help="[default: the model that this machine lends]")] = "",
+    names: Annotated[list[str] | None, typer.Argument(metavar="[NAME]...", help="[default: what this machine lends]")] = None,
+    accept_licence: Annotated[bool, typer.Option("--accept-licence", help="Accept the licence of a model that asks for it.")] = False,
     data: Data = None,
 ) -> None:
-    """Fetch a model's weights, or check those that are here."""
-    from fallow.cli import pull
+    """Fetch models, or check those that are here."""
+    from fallow.cli import models
 
-    sys.exit(pull.pull(data, name))
+    sys.exit(models.pull(data, names or [], accept_licence=accept_licence))
+
+
+@models.command("add")
+def models_add(
+    source: Annotated[str, typer.Argument(metavar="FILE_OR_SOURCE", help="A file, https://…, or hub:OWNER/REPOSITORY/FILE[@REVISION].")],
+    name: Annotated[str, typer.Option("--name", metavar="NAME", help="[default: from the file's name]")] = "",
+    data: Data = None,
+) -> None:
+    """Add a model of your own to models.toml in the data folder, and print its name."""
+    from fallow.cli import models
+
+    sys.exit(models.add(data, source, name))
+
+
+@models.command("rm")
+def models_rm(
+    names: Annotated[list[str], typer.Argument(metavar="NAME...", help="A model's name or alias.")],
+    keep_entry: Annotated[bool, typer.Option("--keep-entry", help="Leave a model of your own in models.toml.")] = False,
+    forget: Annotated[bool, typer.Option("--forget", help="Forget a learnt checksum too: the next pull takes what comes.")] = False,
+    data: Data = None,
+) -> None:
+    """Delete models' files, but for those that other models use; a model of your own leaves models.toml too."""
+    from fallow.cli import models
+
+    sys.exit(models.remove(data, names, keep_entry=keep_entry, forget=forget))
+
+
+@models.command("verify")
+def models_verify(
+    names: Annotated[list[str] | None, typer.Argument(metavar="[NAME]...", help="[default: all that are here]")] = None,
+    data: Data = None,
+) -> None:
+    """Read the files that are here again, whole, and say whether they are what they should be."""
+    from fallow.cli import models
+
+    sys.exit(models.verify(data, names or []))
 
 
 @app.command()

@@ -14,6 +14,7 @@ from fallow.apps.run import complain, run
 from fallow.apps.settings import Settings, load, secret_from_environment
 from fallow.cli.pull import Bar
 from fallow.model.errors import BadFlag, FallowError
+from fallow.model.weights import Weights
 
 LOOPBACK = ("127.", "localhost:", "[::1]:")
 
@@ -38,7 +39,7 @@ def _secret(settings: Settings, secret_file: Path | None) -> str:
     return secret_from_environment() or read_secret(settings.data / SECRET_FILE)
 
 
-def up(data: Path | None, *, port: int | None, host: str | None, model: str | None, ephemeral: bool, verbose: bool) -> int:
+def up(data: Path | None, *, port: int | None, host: str | None, models: list[str] | None, ephemeral: bool, verbose: bool) -> int:
     """`fallow up`."""
     from fallow.apps.up import run_up
 
@@ -47,7 +48,7 @@ def up(data: Path | None, *, port: int | None, host: str | None, model: str | No
         return 2
     temporary = Path(tempfile.mkdtemp(prefix="fallow-")) if ephemeral else None
     try:
-        settings = _read(temporary or data, {"gateway.port": port, "gateway.host": host, "node.model": model})
+        settings = _read(temporary or data, {"gateway.port": port, "gateway.host": host, "node.models": models})
 
         async def main(until: asyncio.Event) -> None:
             await _have_weights(settings, until)
@@ -61,11 +62,18 @@ def up(data: Path | None, *, port: int | None, host: str | None, model: str | No
 
 
 async def _have_weights(settings: Settings, until: asyncio.Event) -> None:
-    """Fetch the model that this machine lends, but not past a request to stop; raises what `fetch` does."""
-    from fallow.adapters.catalogue import find
+    """Fetch the models that this machine lends, but not past a request to stop; raises what `fetch` does."""
+    from fallow.adapters.catalogue import load_catalogue
+
+    catalogue = load_catalogue(settings.data)
+    for weights in [catalogue.find(name) for name in settings.node.models]:
+        if not until.is_set():
+            await _have(weights, settings, until)
+
+
+async def _have(weights: Weights, settings: Settings, until: asyncio.Event) -> None:
     from fallow.adapters.fetch import fetch
 
-    weights = find(settings.node.model)
     loop = asyncio.get_running_loop()
     done: asyncio.Future[None] = loop.create_future()
 
@@ -78,7 +86,8 @@ async def _have_weights(settings: Settings, until: asyncio.Event) -> None:
             else:
                 loop.call_soon_threadsafe(done.set_result, None)
 
-    with Bar(f"{weights.name} ({weights.size_bytes // 10**6} MB, {weights.licence})") as bar:
+    size = f"{weights.size_bytes // 10**6} MB, " if weights.size_bytes else ""
+    with Bar(f"{weights.name} ({size}{weights.licence})") as bar:
         threading.Thread(target=work, daemon=True).start()  # a daemon, so that stopping needn't wait for a slow network
         stop = asyncio.ensure_future(until.wait())
         either: list[asyncio.Future[Any]] = [done, stop]
@@ -91,9 +100,9 @@ async def _have_weights(settings: Settings, until: asyncio.Event) -> None:
 
 
 def _greet(settings: Settings, base_url: str, key: str, node_id: str) -> None:
-    model = settings.node.model
+    model = settings.node.models[0]
     print(
-        f"Fallow is up: {model} on {node_id}\n"
+        f"Fallow is up: {', '.join(settings.node.models)} on {node_id}\n"
         f"  base URL  {base_url}\n"
         f"  API key   {key}\n\n"
         "Try it:\n"

@@ -89,10 +89,10 @@ Event = Accepted | Alive | Part | Final | Unheard | Tick | Broken | CallerLeft |
 Effect = Deliver | Finish | Fail | Stop
 
 
-def ask(*, now_ms: int, first_token_in_ms: int, keeps: bool) -> Relay:
-    """An attempt that was just sent; `first_token_in_ms` is the quote's prediction."""
+def ask(*, now_ms: int, first_token_in_ms: int, keeps: bool, load_wait_ms: int = 0) -> Relay:
+    """An attempt that was just sent; `first_token_in_ms` is the quote's prediction for a model that is loaded."""
     first_ms = WHOLE_MS_MAX if keeps else max(FIRST_MS_MIN, FIRST_FACTOR * first_token_in_ms)
-    return Relay(heard_at_ms=now_ms, first_by_ms=now_ms + first_ms, keeps=keeps)
+    return Relay(heard_at_ms=now_ms, first_by_ms=now_ms + load_wait_ms + first_ms, keeps=keeps)
 
 
 def step(relay: Relay, event: Event, *, now_ms: int) -> tuple[Relay, tuple[Effect, ...]]:

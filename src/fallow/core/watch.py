@@ -16,7 +16,7 @@ STOP_MS = 5_000
 GIVE_UP_FAULTS = 8
 """After this many faults in a row the offer is called failed; it is still tried, at the longest back-off."""
 
-Phase = Literal["cold", "loading", "ready", "stopping", "backing_off"]
+Phase = Literal["cold", "loading", "ready", "stopping", "leaving", "backing_off"]
 
 
 class Watch(msgspec.Struct, frozen=True, kw_only=True):
@@ -33,6 +33,10 @@ class Watch(msgspec.Struct, frozen=True, kw_only=True):
 
 class Wanted(msgspec.Struct, frozen=True):
     """Somebody needs the engine."""
+
+
+class Unwanted(msgspec.Struct, frozen=True):
+    """The engine's memory is needed for another one."""
 
 
 class Loaded(msgspec.Struct, frozen=True):
@@ -57,10 +61,10 @@ class Launch(msgspec.Struct, frozen=True):
 class Kill(msgspec.Struct, frozen=True):
     """End the process at once."""
 
-    why: Literal["stalled", "load_too_long", "not_stopped"]
+    why: Literal["stalled", "load_too_long", "not_stopped", "unwanted"]
 
 
-Event = Wanted | Loaded | Exited | Tick
+Event = Wanted | Unwanted | Loaded | Exited | Tick
 Effect = Launch | Kill
 
 
@@ -69,25 +73,35 @@ def step(watch: Watch, event: Event, *, now_ms: int) -> tuple[Watch, tuple[Effec
     match watch.phase, event:
         case "cold", Wanted():
             return _launch(watch, now_ms)
-        case "loading" | "ready" | "stopping" | "backing_off", Wanted():
+        case "loading" | "ready" | "stopping" | "leaving" | "backing_off", Wanted():
+            return watch, ()
+        case "loading" | "ready", Unwanted():
+            return replace(watch, phase="leaving", since_ms=now_ms), (Kill("unwanted"),)
+        case "stopping", Unwanted():
+            return replace(watch, phase="leaving", since_ms=now_ms), ()
+        case "backing_off", Unwanted():
+            return replace(watch, phase="cold", since_ms=now_ms), ()
+        case "cold" | "leaving", Unwanted():
             return watch, ()
         case "loading", Loaded():
             return replace(watch, phase="ready", since_ms=now_ms, loaded_in_ms=now_ms - watch.since_ms), ()
-        case "cold" | "ready" | "stopping" | "backing_off", Loaded():
+        case "cold" | "ready" | "stopping" | "leaving" | "backing_off", Loaded():
             return watch, ()
         case "loading" | "ready" | "stopping", Exited():
             return _back_off(watch, now_ms), ()
+        case "leaving", Exited():
+            return replace(watch, phase="cold", since_ms=now_ms), ()
         case "cold" | "backing_off", Exited():
             return watch, ()
         case "loading", Tick() if now_ms > watch.until_ms:
             return replace(watch, phase="stopping", since_ms=now_ms), (Kill("load_too_long"),)
         case "ready", Tick() if _is_stalled(watch, event, now_ms):
             return replace(watch, phase="stopping", since_ms=now_ms, faults=_faults(watch, now_ms)), (Kill("stalled"),)
-        case "stopping", Tick() if now_ms - watch.since_ms > STOP_MS:
+        case "stopping" | "leaving", Tick() if now_ms - watch.since_ms > STOP_MS:
             return replace(watch, since_ms=now_ms), (Kill("not_stopped"),)
         case "backing_off", Tick() if now_ms >= watch.until_ms:
             return _launch(watch, now_ms)
-        case "cold" | "loading" | "ready" | "stopping" | "backing_off", Tick():
+        case "cold" | "loading" | "ready" | "stopping" | "leaving" | "backing_off", Tick():
             return watch, ()
     raise AssertionError(f"{watch.phase} {event}")
 
@@ -122,7 +136,7 @@ def ready_in_ms(watch: Watch, *, now_ms: int) -> int:
             return max(100, usual - (now_ms - watch.since_ms))
         case "backing_off":
             return max(0, watch.until_ms - now_ms) + usual
-        case "cold" | "stopping":
+        case "cold" | "stopping" | "leaving":
             return usual
 
 

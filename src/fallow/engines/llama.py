@@ -4,6 +4,7 @@ import os
 import sys
 import threading
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 import xllamacpp
@@ -24,6 +25,16 @@ class LlamaSettings(msgspec.Struct, frozen=True, kw_only=True):
     slots: int
     context_tokens: int
     batch_tokens: int
+    pooling: Literal["", "mean", "cls", "last", "rank"] = ""
+    """For a model that embeds or ranks; empty for one that writes."""
+
+
+POOLING = {
+    "mean": xllamacpp.llama_pooling_type.LLAMA_POOLING_TYPE_MEAN,
+    "cls": xllamacpp.llama_pooling_type.LLAMA_POOLING_TYPE_CLS,
+    "last": xllamacpp.llama_pooling_type.LLAMA_POOLING_TYPE_LAST,
+    "rank": xllamacpp.llama_pooling_type.LLAMA_POOLING_TYPE_RANK,
+}
 
 
 def serve(settings: LlamaSettings) -> int:
@@ -46,6 +57,10 @@ def serve(settings: LlamaSettings) -> int:
     params.ui = False
     params.endpoint_slots = False
     params.endpoint_metrics = False
+    if settings.pooling:
+        params.embedding = True
+        params.pooling_type = POOLING[settings.pooling]
+        params.n_batch = params.n_ubatch = settings.context_tokens  # an input is pooled in one batch, or refused with a 500
     Path(settings.socket).unlink(missing_ok=True)
     try:
         server = xllamacpp.Server(params)

@@ -18,6 +18,8 @@ from fallow.model.receipt import Usage
 
 OFFERS_MAX = 64
 """What one node may offer."""
+LOAD_WAIT_MS_MAX = 600_000
+"""The longest that a call may wait for its model to be loaded."""
 NodeState = Literal["run", "throttle", "pause", "leave"]
 
 
@@ -28,7 +30,8 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
 class Request(Message, frozen=True, kw_only=True, array_like=True, tag=1):
     """Gateway to node: a call's header and its body, or the first part of it.
 
-    `body_bytes` is the whole body's size; what `body` lacks follows as `BodyPart`s.
+    `body_bytes` is the whole body's size; what `body` lacks follows as `BodyPart`s. `load_wait_ms` is how long the caller
+    is willing to wait for the model to be loaded; None if nothing was said of it.
     """
 
     attempt_id: AttemptId
@@ -43,6 +46,7 @@ class Request(Message, frozen=True, kw_only=True, array_like=True, tag=1):
     body: bytes
     seal: bytes = b""
     signature: bytes = b""
+    load_wait_ms: Annotated[int, Meta(ge=0, le=LOAD_WAIT_MS_MAX)] | None = None
 
 
 class BodyPart(Message, frozen=True, kw_only=True, array_like=True, tag=2):

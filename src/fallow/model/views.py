@@ -1,8 +1,10 @@
 """What people and programs are shown of a running network."""
 
+from typing import Literal
+
 import msgspec
 
-from fallow.model.ids import GatewayId, NodeId, OrgId
+from fallow.model.ids import CallId, GatewayId, NodeId, OrgId
 from fallow.model.messages import NodeState
 from fallow.model.offer import Readiness
 
@@ -52,3 +54,37 @@ class Health(msgspec.Struct, frozen=True, kw_only=True):
 
     ok: bool
     reason: str = ""
+
+
+class AttemptView(msgspec.Struct, frozen=True, kw_only=True):
+    """One node that was tried. `code` says why it came to nothing; `ms` is missing while the attempt is under way."""
+
+    node: NodeId
+    hardware: str
+    code: str | None
+    ms: float | None
+
+
+CallState = Literal["running", "done", "failed", "caller_left"]
+
+
+class CallView(msgspec.Struct, frozen=True, kw_only=True):
+    """What happened to a call. What isn't known, or not known yet, is null; `arrived_at` is UTC.
+
+    `http_status` and `code` are what the caller got; what each node said is with its attempt.
+    """
+
+    id: CallId
+    object: Literal["fallow.call"] = "fallow.call"
+    path: str
+    model: str | None
+    status: CallState
+    http_status: int | None
+    code: str | None
+    arrived_at: str
+    first_byte_ms: float | None
+    total_ms: float | None
+    prompt_tokens: int | None
+    cached_tokens: int | None
+    output_tokens: int | None
+    attempts: list[AttemptView]

@@ -54,8 +54,10 @@ class Generation(msgspec.Struct, frozen=True, kw_only=True):
     """A text to be written: a conversation's next turn (`turns`), or the continuation of each of the `prompts`.
 
     Choices are numbered prompt by prompt: choice `p * choices + i` is the i-th for prompt p. `top_logprobs` None wants no
-    log probabilities. `tool_name` is the one tool that must be called, with `tool_choice` "required". `schema` is what the text must fit.
-    `params` names the request's fields for errors: {"tools": "tools", "schema": "response_format.json_schema.schema", …}.
+    log probabilities. `tells_stop` is set where the answer must say which stop sequence it met. `tool_name` is the one tool that
+    must be called, with `tool_choice` "required". `schema` is what the text must fit.
+    `params` names the request's fields for errors: {"schema": "response_format.json_schema.schema",
+    "tools": "tools[{index}].function.parameters", …}.
     """
 
     turns: tuple[Turn, ...] = ()
@@ -69,6 +71,7 @@ class Generation(msgspec.Struct, frozen=True, kw_only=True):
     parallel_calls: bool = True
     schema: dict[str, Any] | None = None
     think: bool | None = None
+    tells_stop: bool = False
     params: dict[str, str] = {}
 
 

@@ -1,19 +1,20 @@
-"""What a llama.cpp engine streams, edited into what OpenAI's clients expect: an event stream, or one whole answer."""
+"""What a llama.cpp engine streams, read into events."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
 
-from fallow.model.errors import EngineFailed, Failure
+from fallow.model.errors import EngineFailed, Failure, WireError
 from fallow.model.receipt import Tokens, Usage
 from fallow.wire import sse
-from fallow.wire.openai import CHAT
+from fallow.wire.generation import Alternative, Ended, Event, Reasoning, Text, Token
 
-_PROGRESS = b'"prompt_progress":'  # unescaped quotes: a key, never a part of somebody's text
-_ROLE = b'"delta":{"role":"assistant","content":null}'  # the engine says it as often as it tells of progress
-_USAGE = b'"usage":'
-_ERROR = b'data: {"error":'
+LOGPROB_MIN = -9999.0
+"""OpenAI's value for a token that is very unlikely."""
 UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+_BROKEN = (b'data: {"error":', b"error:")
+_NOTHING = b"data: null\n\n"
 
 
 class _Details(msgspec.Struct, frozen=True):
@@ -26,6 +27,26 @@ class _Usage(msgspec.Struct, frozen=True):
     prompt_tokens_details: _Details = _Details()
 
 
+class _Timings(msgspec.Struct, frozen=True):
+    cache_n: Tokens = 0
+    prompt_n: Tokens = 0
+    predicted_n: Tokens = 0
+
+
+class _Top(msgspec.Struct, frozen=True, kw_only=True):
+    token: str
+    bytes: list[int] | None = None
+    logprob: float | None = None
+
+
+class _Logprob(_Top, frozen=True, kw_only=True):
+    top_logprobs: list[_Top] = []
+
+
+class _Logprobs(msgspec.Struct, frozen=True):
+    content: list[_Logprob] | None = None
+
+
 class _Delta(msgspec.Struct, frozen=True):
     content: str | None = None
     reasoning_content: str | None = None
@@ -35,51 +56,95 @@ class _Choice(msgspec.Struct, frozen=True, kw_only=True):
     index: int
     delta: _Delta = _Delta()
     text: str = ""
+    logprobs: _Logprobs | None = None
     finish_reason: str | None = None
 
 
 class _Chunk(msgspec.Struct, frozen=True):
     choices: list[_Choice]
-    id: str = ""
-    created: int = 0
-    model: str = ""
-    system_fingerprint: str | None = None
-    usage: dict[str, Any] | None = None
-
-    @property
-    def first_index(self) -> int:
-        """Of the choice that an opening event is about; raises EngineFailed if there is none."""
-        if not self.choices:
-            raise EngineFailed("the engine wrote an event about no choice")
-        return self.choices[0].index
+    usage: _Usage | None = None
+    timings: _Timings | None = None
 
 
 _chunk = msgspec.json.Decoder(_Chunk)
 
 
-def _read(event: bytes) -> _Chunk:
-    try:
-        return _chunk.decode(sse.payload(event))
-    except UNREADABLE:
-        raise EngineFailed("the engine wrote an event that can't be read") from None
+class EngineStream:
+    """Reads the answer to one request, whose choices are told as `first`, `first + 1`, …
+
+    `usage` is what the engine counted so far; the prompt is in it once, however many choices there are.
+    """
+
+    def __init__(self, *, choices: int, first: int = 0, top_logprobs: int | None = None) -> None:
+        self._choices = choices
+        self._first = first
+        self._top = top_logprobs
+        self._cutter = sse.EventCutter()
+        self.usage: Usage | None = None
+        self.timed = Usage()
+        self.is_whole = False
+
+    def feed(self, chunk: bytes) -> list[Event]:
+        """The events that a piece of the stream completes; raises EngineFailed if the engine says that it failed."""
+        found: list[Event] = []
+        for event in self._events(chunk):
+            if event == sse.DONE:
+                self.is_whole = True
+            elif event.startswith(_BROKEN):
+                raise EngineFailed("the engine broke off its answer")
+            elif not event.startswith(b":") and event != _NOTHING:  # a comment only keeps the connection alive
+                self._read(event, found)
+        return found
+
+    def _events(self, chunk: bytes) -> list[bytes]:
+        try:
+            return self._cutter.feed(chunk)
+        except WireError:
+            raise EngineFailed("the engine wrote an event that is longer than it can be") from None
+
+    def _read(self, event: bytes, found: list[Event]) -> None:
+        try:
+            chunk = _chunk.decode(sse.payload(event))
+        except UNREADABLE:
+            raise EngineFailed("the engine wrote an event that can't be read") from None
+        if chunk.timings is not None:
+            timings = chunk.timings
+            self.timed = Usage(
+                prompt_tokens=timings.cache_n + timings.prompt_n, cached_tokens=timings.cache_n, output_tokens=timings.predicted_n
+            )
+        if chunk.usage is not None:
+            self.usage = _added(self.usage, chunk.usage)
+        for choice in chunk.choices:
+            if not 0 <= choice.index < self._choices:
+                raise EngineFailed("the engine wrote a choice that nobody asked for")
+            index = self._first + choice.index
+            if choice.delta.reasoning_content:
+                found.append(Reasoning(index, choice.delta.reasoning_content))
+            text = choice.delta.content or choice.text
+            tokens = self._tokens(choice.logprobs)
+            if text or tokens:
+                found.append(Text(index, text, tokens))
+            if choice.finish_reason is not None:
+                found.append(Ended(index, "length" if choice.finish_reason == "length" else "stop"))
+
+    def _tokens(self, logprobs: _Logprobs | None) -> tuple[Token, ...]:
+        if self._top is None or logprobs is None:
+            return ()
+        return tuple(_token(one, self._top) for one in logprobs.content or ())
 
 
-def _fields(event: bytes) -> dict[str, Any]:
-    """An event that must be rewritten: a chunk with at most one choice."""
-    try:
-        fields: dict[str, Any] = msgspec.json.decode(sse.payload(event), type=dict[str, Any])
-        _chunk.decode(sse.payload(event))
-    except UNREADABLE:
-        raise EngineFailed("the engine wrote an event that can't be read") from None
-    return fields
+def _token(one: _Logprob, top: int) -> Token:
+    chosen = _alternative(one)
+    return Token(chosen.token, chosen.bytes, chosen.logprob, tuple(_alternative(other) for other in one.top_logprobs[:top]))
 
 
-def added(usage: Usage | None, found: Any) -> Usage:
+def _alternative(one: _Top) -> Alternative:
+    logprob = LOGPROB_MIN if one.logprob is None or one.logprob < LOGPROB_MIN else min(0.0, one.logprob)
+    return Alternative(one.token, one.bytes if one.bytes is not None else list(one.token.encode()), logprob)
+
+
+def _added(usage: Usage | None, more: _Usage) -> Usage:
     """Usage with one more choice. The engine counts each choice apart; the prompt is there once."""
-    try:
-        more = msgspec.convert(found, _Usage)
-    except msgspec.ValidationError:
-        raise EngineFailed("the engine wrote a usage that can't be read") from None
     return Usage(
         prompt_tokens=more.prompt_tokens,
         cached_tokens=more.prompt_tokens_details.cached_tokens if usage is None else usage.cached_tokens,
@@ -87,139 +152,12 @@ def added(usage: Usage | None, found: Any) -> Usage:
     )
 
 
-class StreamedAnswer:
-    """Edits an event stream. Most events pass as the bytes that came; only the first and the last ones are read."""
-
-    def __init__(self, *, include_usage: bool) -> None:
-        self._include_usage = include_usage
-        self._cutter = sse.EventCutter()
-        self._opening: dict[int, dict[str, Any]] = {}
-        self._opened: set[int] = set()
-        self._last: dict[str, Any] = {}
-        self.usage: Usage | None = None
-        self.is_whole = False
-
-    def feed(self, chunk: bytes) -> bytes:
-        """What of this chunk goes to the caller; raises EngineFailed if the engine says that it failed."""
-        return b"".join([out for event in self._cutter.feed(chunk) if (out := self._edit(event))])
-
-    def _edit(self, event: bytes) -> bytes:
-        if event.startswith(b":"):
-            return b""  # a comment that only keeps the connection alive; we have our own
-        if _PROGRESS in event or _ROLE in event:
-            fields = _fields(event)
-            index = _read(event).first_index
-            if index not in self._opened:
-                self._opening[index] = fields
-            return b""
-        if event.startswith(_ERROR):
-            raise EngineFailed("the engine broke off its answer")
-        out = self._open() if self._opening else b""
-        if event == sse.DONE:
-            self.is_whole = True
-            return out + self._account() + event
-        if _USAGE in event:
-            return out + self._close(event)
-        return out + event
-
-    def _open(self) -> bytes:
-        """The first event of each choice with its role, made of those that told of progress."""
-        out = b""
-        for index, fields in sorted(self._opening.items()):
-            self._opened.add(index)
-            fields.pop("prompt_progress", None)
-            delta = fields["choices"][0].get("delta")
-            if delta is not None:  # completions have no opening event
-                delta["content"] = ""
-                out += sse.event(msgspec.json.encode(fields))
-        self._opening = {}
-        return out
-
-    def _close(self, event: bytes) -> bytes:
-        """The last event of a choice, as OpenAI has it: usage kept for the end, no timings."""
-        fields = _fields(event)
-        self.usage = added(self.usage, fields.pop("usage"))
-        fields.pop("timings", None)
-        self._last = fields
-        return sse.event(msgspec.json.encode(fields)) if fields["choices"] else b""
-
-    def _account(self) -> bytes:
-        if self.usage is None or not self._include_usage:
-            return b""
-        return sse.event(msgspec.json.encode(self._last | {"choices": [], "usage": openai_usage(self.usage)}))
-
-
-class WholeAnswer:
-    """Collects an event stream into one answer."""
-
-    def __init__(self, *, chat: bool, choices: int) -> None:
-        self._chat = chat
-        self._cutter = sse.EventCutter()
-        self._texts: list[list[str]] = [[] for _ in range(choices)]
-        self._reasoning: list[list[str]] = [[] for _ in range(choices)]
-        self._finish: list[str | None] = [None] * choices
-        self._last: _Chunk | None = None
-        self.usage: Usage | None = None
-        self.is_whole = False
-
-    def feed(self, chunk: bytes) -> None:
-        """Take in a piece of the stream; raises EngineFailed if the engine says that it failed."""
-        for event in self._cutter.feed(chunk):
-            if event.startswith(b":") or _PROGRESS in event or _ROLE in event:
-                continue
-            if event.startswith(_ERROR):
-                raise EngineFailed("the engine broke off its answer")
-            if event == sse.DONE:
-                self.is_whole = True
-                continue
-            self._collect(_read(event))
-
-    def _collect(self, chunk: _Chunk) -> None:
-        self._last = chunk
-        if chunk.usage is not None:
-            self.usage = added(self.usage, chunk.usage)
-        for choice in chunk.choices:
-            if not 0 <= choice.index < len(self._texts):
-                raise EngineFailed("the engine wrote a choice that nobody asked for")
-            self._texts[choice.index].append(choice.delta.content or choice.text)
-            self._reasoning[choice.index].append(choice.delta.reasoning_content or "")
-            self._finish[choice.index] = choice.finish_reason or self._finish[choice.index]
-
-    def body(self) -> bytes:
-        """The whole answer; raises EngineFailed if the stream ended before its end."""
-        if not self.is_whole or self._last is None or self.usage is None:
-            raise EngineFailed("the engine stopped in the middle of its answer")
-        last = self._last
-        fields = {
-            "id": last.id,
-            "object": "chat.completion" if self._chat else "text_completion",
-            "created": last.created,
-            "model": last.model,
-            "system_fingerprint": last.system_fingerprint,
-            "choices": [self._choice(index) for index in range(len(self._texts))],
-            "usage": openai_usage(self.usage),
-        }
-        return msgspec.json.encode(fields)
-
-    def _choice(self, index: int) -> dict[str, Any]:
-        text = "".join(self._texts[index])
-        ending = {"index": index, "logprobs": None, "finish_reason": self._finish[index] or "stop"}
-        if not self._chat:
-            return {"text": text, **ending}
-        message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
-        if reasoning := "".join(self._reasoning[index]):
-            message["reasoning_content"] = reasoning
-        return {"message": message, **ending}
-
-
-def openai_usage(usage: Usage) -> dict[str, Any]:
-    """Usage in OpenAI's words."""
-    return {
-        "prompt_tokens": usage.prompt_tokens,
-        "completion_tokens": usage.output_tokens,
-        "total_tokens": usage.prompt_tokens + usage.output_tokens,
-        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
-    }
+def added(usage: Usage | None, found: Any) -> Usage:
+    """Usage with what an engine's answer says of one more choice; raises EngineFailed."""
+    try:
+        return _added(usage, msgspec.convert(found, _Usage))
+    except msgspec.ValidationError:
+        raise EngineFailed("the engine wrote a usage that can't be read") from None
 
 
 class _EngineError(msgspec.Struct, frozen=True):
@@ -233,15 +171,18 @@ class _EngineEnvelope(msgspec.Struct, frozen=True):
     error: _EngineError = _EngineError()
 
 
-def refusal(path: str, status: int, body: bytes) -> Failure:
-    """What an error answer of the engine means for the caller. Its own words may echo the prompt, so most are not passed on."""
+def refusal(status: int, body: bytes, params: Mapping[str, str]) -> Failure:
+    """What an error answer of the engine means for the caller. Its own words may echo the prompt, so most are not passed on.
+
+    `params` names the request's fields: which of them holds the messages.
+    """
     try:
         error = msgspec.json.decode(body, type=_EngineEnvelope).error
     except UNREADABLE:
         error = _EngineError()
     if error.type == "exceed_context_size_error":
         text = f"the prompt has {error.n_prompt_tokens} tokens, the model's context on this node {error.n_ctx}"
-        return Failure(code="context_length_exceeded", message=text, param="messages" if path == CHAT else "prompt")
+        return Failure(code="context_length_exceeded", message=text, param=params.get("messages"))
     if error.type == "unavailable_error" or status == 503:
         return Failure(code="model_loading", message="the model is still being loaded", retry_after_ms=1_000)
     if 400 <= status < 500:

@@ -1,6 +1,6 @@
-"""OpenAI's HTTP API as Fallow reads it: what the gateway needs of a body, and the shape of its errors."""
+"""The HTTP API as the gateway reads it: its paths, what it needs of a body, and the shape of OpenAI's errors."""
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import msgspec
 
@@ -9,12 +9,20 @@ from fallow.wire import complaint
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
+RESPONSES = "/v1/responses"
+RESPONSES_COUNT = "/v1/responses/input_tokens"
+MESSAGES = "/v1/messages"
+MESSAGES_COUNT = "/v1/messages/count_tokens"
+EMBEDDINGS = "/v1/embeddings"
+RERANK = "/v1/rerank"
 MODELS = "/v1/models"
+CALLS = "/v1/calls"
 TOKENS_MAX = 2**31 - 1
 BYTES_PER_TOKEN = 4
 """A rough mean for English text; only for choosing a node."""
 
 Tier = Literal["auto", "default", "flex", "scale", "priority"]
+MessagesTier = Literal["auto", "standard_only"]
 
 
 class StreamOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -24,19 +32,89 @@ class StreamOptions(msgspec.Struct, frozen=True, kw_only=True):
     include_obfuscation: bool = False
 
 
+class Wishes(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Our own object in a body. No key of it has a meaning yet, so none is taken."""
+
+
 class CallHead(msgspec.Struct, frozen=True, kw_only=True):
     """The few fields of a call that the gateway must know. All others stay bytes."""
 
+    streams: ClassVar[bool] = False
+    """Whether the endpoint can answer piece by piece."""
     model: str
     stream: bool | None = None
-    stream_options: StreamOptions | None = None
+    fallow: Wishes | msgspec.UnsetType = msgspec.UNSET
+
+    @property
+    def tier(self) -> Tier | MessagesTier | None:
+        """How urgent the caller says that it is."""
+        return None
+
+    @property
+    def limit_name(self) -> str:
+        """The field that bounds the answer."""
+        return "max_tokens"
+
+    @property
+    def output_tokens_max(self) -> int | None:
+        return None
+
+
+class ChatHead(CallHead, frozen=True, kw_only=True):
+    """The head of a chat, or of a completion."""
+
+    streams: ClassVar[bool] = True
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
     service_tier: Tier | None = None
 
     @property
+    def tier(self) -> Tier | None:
+        return self.service_tier
+
+    @property
+    def limit_name(self) -> str:
+        return "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
+
+    @property
     def output_tokens_max(self) -> int | None:
         return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
+
+
+class ResponsesHead(CallHead, frozen=True, kw_only=True):
+    """The head of a response."""
+
+    streams: ClassVar[bool] = True
+    max_output_tokens: int | None = None
+    service_tier: Tier | None = None
+
+    @property
+    def tier(self) -> Tier | None:
+        return self.service_tier
+
+    @property
+    def limit_name(self) -> str:
+        return "max_output_tokens"
+
+    @property
+    def output_tokens_max(self) -> int | None:
+        return self.max_output_tokens
+
+
+class MessagesHead(CallHead, frozen=True, kw_only=True):
+    """The head of a message, as Anthropic has it."""
+
+    streams: ClassVar[bool] = True
+    max_tokens: int | None = None
+    service_tier: MessagesTier | None = None
+
+    @property
+    def tier(self) -> MessagesTier | None:
+        return self.service_tier
+
+    @property
+    def output_tokens_max(self) -> int | None:
+        return self.max_tokens
 
 
 class ErrorBody(msgspec.Struct, frozen=True, kw_only=True):
@@ -71,16 +149,29 @@ class ModelList(msgspec.Struct, frozen=True, kw_only=True):
     object: Literal["list"] = "list"
 
 
-_head = msgspec.json.Decoder(CallHead)
+_chat = msgspec.json.Decoder(ChatHead)
+_plain = msgspec.json.Decoder(CallHead)
+HEADS: dict[str, "msgspec.json.Decoder[Any]"] = {
+    CHAT: _chat,
+    COMPLETIONS: _chat,
+    RESPONSES: msgspec.json.Decoder(ResponsesHead),
+    RESPONSES_COUNT: _plain,
+    MESSAGES: msgspec.json.Decoder(MessagesHead),
+    MESSAGES_COUNT: _plain,
+    EMBEDDINGS: _plain,
+    RERANK: _plain,
+}
+"""What reads the head of a call, for each path that takes calls."""
 
 
-def read_head(body: bytes) -> CallHead:
+def read_head(path: str, body: bytes) -> CallHead:
     """The call's head; raises InvalidRequest with `param` named where a field is wrong."""
-    head: CallHead = decode(_head, body)
+    head: CallHead = decode(HEADS[path], body)
     limit = head.output_tokens_max
     if limit is not None and not 1 <= limit <= TOKENS_MAX:
-        name = "max_tokens" if head.max_completion_tokens is None else "max_completion_tokens"
-        raise InvalidRequest(f"{name} must be between 1 and {TOKENS_MAX}", param=name)
+        raise InvalidRequest(f"{head.limit_name} must be between 1 and {TOKENS_MAX}", param=head.limit_name)
+    if head.stream and not head.streams:
+        raise InvalidRequest("stream: this endpoint answers in one piece only; leave it out", param="stream")
     return head
 
 
@@ -101,6 +192,8 @@ def invalid(text: str) -> InvalidRequest:
     found = complaint.read(text)
     if found.kind == "missing":
         return InvalidRequest(f"{found.path} is required", param=found.path)
+    if found.path.startswith("fallow."):
+        return InvalidRequest(f"{shortened(found.path)} has no meaning yet; leave it out", param=found.path)
     if found.kind == "unknown":
         return InvalidRequest(f"{shortened(found.path)} is not a parameter that this model's engine takes", param=found.path)
     return InvalidRequest(f"{found.path}: {found.message}" if found.path else found.message, param=found.path or None)

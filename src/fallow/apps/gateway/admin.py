@@ -10,6 +10,7 @@ from litestar.params import HeaderParameter
 
 from fallow import __version__
 from fallow.apps.gateway import docs_page, errors, openapi
+from fallow.apps.gateway.caller import as_bearer
 from fallow.apps.gateway.exchange import Exchange
 from fallow.apps.gateway.keys import Keys
 from fallow.apps.gateway.metrics import Metrics
@@ -23,6 +24,7 @@ from fallow.ports import Bus, Clock
 from fallow.wire import openai as wire
 
 Authorization = Annotated[str, HeaderParameter(name="authorization", required=False, description="`Bearer KEY`")]
+ApiKey = Annotated[str, HeaderParameter(name="x-api-key", required=False, description="The key alone, instead of `Authorization`")]
 
 
 class Admin:
@@ -35,6 +37,10 @@ class Admin:
         self.bus = bus
         self.clock = clock
         self.metrics = metrics
+
+    async def check(self, authorization: str, api_key: str) -> None:
+        """Whether the key may see the pages; raises InvalidApiKey."""
+        await self.keys.check(authorization.encode("latin-1", "replace") or as_bearer(api_key.encode("latin-1", "replace")))
 
     def nodes(self) -> list[NodeView]:
         now = self.clock.now_ms()
@@ -93,13 +99,13 @@ def make_admin(admin: Admin) -> Litestar:
         return admin.metrics.text().decode()
 
     @get("/fallow/nodes", summary="The nodes on the roster", tags=["network"])
-    async def nodes(authorization: Authorization = "") -> NodeList:
-        await admin.keys.check(authorization.encode("latin-1", "replace"))
+    async def nodes(authorization: Authorization = "", api_key: ApiKey = "") -> NodeList:
+        await admin.check(authorization, api_key)
         return NodeList(nodes=admin.nodes())
 
     @get("/fallow/status", summary="How this gateway is", tags=["network"])
-    async def status(authorization: Authorization = "") -> GatewayStatus:
-        await admin.keys.check(authorization.encode("latin-1", "replace"))
+    async def status(authorization: Authorization = "", api_key: ApiKey = "") -> GatewayStatus:
+        await admin.check(authorization, api_key)
         return GatewayStatus(
             gateway_id=admin.exchange.gateway_id,
             version=__version__,
@@ -122,7 +128,12 @@ def make_admin(admin: Admin) -> Litestar:
             title="Fallow",
             version=__version__,
             path="/.litestar",
-            components=Components(security_schemes={"key": SecurityScheme(type="http", scheme="bearer")}),
+            components=Components(
+                security_schemes={
+                    "key": SecurityScheme(type="http", scheme="bearer"),
+                    "api_key": SecurityScheme(type="apiKey", name="x-api-key", security_scheme_in="header"),
+                }
+            ),
         ),
         logging_config=None,
         exception_handlers={FallowError: _fallow_error, HTTPException: _http_error, Exception: _any_error},

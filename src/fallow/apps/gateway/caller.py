@@ -11,12 +11,13 @@ import msgspec
 
 from fallow.apps.gateway import errors
 from fallow.apps.gateway.calls import Origin, Outcome
+from fallow.apps.gateway.history import Story
 from fallow.apps.gateway.metrics import Metrics
 from fallow.core.admit import BODY_BYTES_MAX
 from fallow.model import messages as m
 from fallow.model.errors import BodyTimeout, BodyTooLarge, Failure
 from fallow.model.ids import CallId
-from fallow.wire import openai, sse
+from fallow.wire import prefer
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -27,6 +28,11 @@ BODY_S_MAX = 60.0
 LEFTOVER_BYTES_MAX = 64 * 1024 * 1024
 LEFTOVER_S = 2.0
 """How much of a refused body is read away, so that the client gets to read the refusal."""
+
+
+def as_bearer(key: bytes) -> bytes:
+    """A bare API key as an Authorization header; empty if there is none."""
+    return b"Bearer " + key if key else b""
 
 
 class CallerGone(Exception):
@@ -40,11 +46,23 @@ class Incoming:
         self.path: str = scope["path"]
         self.method: str = scope["method"]
         self._receive = receive
-        self._headers: dict[bytes, bytes] = dict(scope["headers"])
+        self._lines: list[tuple[bytes, bytes]] = scope["headers"]
+        self._headers: dict[bytes, bytes] = dict(self._lines)
         self.is_read = not self._has_body()
 
     def header(self, name: bytes) -> bytes:
         return self._headers.get(name, b"")
+
+    def authorization(self) -> bytes:
+        """The caller's key as an Authorization header; Anthropic's clients send it as `x-api-key`."""
+        return self._headers.get(b"authorization") or as_bearer(self.header(b"x-api-key"))
+
+    def load_wait_ms(self) -> int | None:
+        """How long the caller is willing to wait for a model to be loaded; raises InvalidRequest."""
+        if b"prefer" not in self._headers:
+            return None
+        seconds = prefer.wait_s([value for name, value in self._lines if name == b"prefer"])
+        return None if seconds is None else seconds * 1000
 
     def _has_body(self) -> bool:
         return self.header(b"content-length") not in (b"", b"0") or bool(self.header(b"transfer-encoding"))
@@ -114,10 +132,20 @@ class HttpCaller:
         self.incoming = Incoming(scope, receive)
         self._send = send
         self._metrics = metrics
-        self._arrived_ns = perf_counter_ns()
+        self.arrived_ns = perf_counter_ns()
         self.call_id = CallId("call_" + secrets.token_hex(12))
         self.outcome = Outcome()
         self.status = 0
+        self.load_wait_ms: int | None = None
+        self.story: Story | None = None
+
+    def trying(self, origin: Origin) -> None:
+        if self.story is not None:
+            self.story.trying(origin.node_id, origin.hardware)
+
+    def tried(self, failure: Failure | None) -> None:
+        if self.story is not None:
+            self.story.tried(None if failure is None else failure.code)
 
     async def gone(self) -> None:
         """Return when the caller has closed the connection."""
@@ -146,17 +174,22 @@ class HttpCaller:
         return status
 
     async def fail(self, failure: Failure) -> int:
-        """The error as the API has it. In a stream that began it becomes the last event, and [DONE] doesn't come."""
-        status, kind = errors.status_of(failure)
-        body = openai.error_body(failure, kind)
+        """The error as the path's protocol has it. In a stream that began it becomes the last event, and [DONE] doesn't come."""
+        status = errors.status_of(failure).http
+        protocol = errors.protocol_of(self.incoming.path, anthropic=bool(self.incoming.header(b"anthropic-version")))
+        if self.status and failure.code not in ("gateway_stopping", "broker_lost"):
+            failure = msgspec.structs.replace(failure, code="stream_interrupted")
+        if self.story is not None:
+            self.story.code = failure.code
         if self.status:
-            code = failure.code if failure.code in ("gateway_stopping", "broker_lost") else "stream_interrupted"
-            body = openai.error_body(msgspec.structs.replace(failure, code=code), kind)
-            await self._send({"type": "http.response.body", "body": sse.event(body), "more_body": False})
+            event = errors.event_of(failure, protocol, self.call_id)
+            await self._send({"type": "http.response.body", "body": event, "more_body": False})
             return status
+        body = errors.body_of(failure, protocol, self.call_id)
         headers = [(b"fallow-call", self.call_id.encode()), (b"fallow-attempts", b"%d" % self.outcome.attempts)]
         if self.outcome.node_id:
             headers.append((b"fallow-node", self.outcome.node_id.encode()))
+        headers.extend(self._applied())
         retry_after = errors.retry_after_s(failure)
         if retry_after is not None:
             headers.append((b"retry-after", b"%d" % retry_after))
@@ -177,10 +210,12 @@ class HttpCaller:
         await self._send({"type": "http.response.start", "status": status, "headers": headers})
 
     def _observe(self, head: m.Head) -> None:
+        if self.story is not None:
+            self.story.first_byte()
         self._metrics.overhead(max(0.0, self._overhead_us(head) / 1e6))
 
     def _overhead_us(self, head: m.Head) -> int:
-        return (perf_counter_ns() - self._arrived_ns) // 1000 - head.engine_us
+        return (perf_counter_ns() - self.arrived_ns) // 1000 - head.engine_us
 
     def _about(self, head: m.Head, origin: Origin) -> list[tuple[bytes, bytes]]:
         return [
@@ -189,4 +224,9 @@ class HttpCaller:
             (b"fallow-hardware", origin.hardware.encode()),
             (b"fallow-attempts", b"%d" % origin.attempts),
             (b"fallow-overhead-ms", b"%.2f" % max(0.0, self._overhead_us(head) / 1000)),
+            *self._applied(),
         ]
+
+    def _applied(self) -> tuple[tuple[bytes, bytes], ...]:
+        """What of the caller's preferences is followed."""
+        return () if self.load_wait_ms is None else ((b"preference-applied", b"wait=%d" % (self.load_wait_ms // 1000)),)

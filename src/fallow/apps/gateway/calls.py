@@ -30,7 +30,15 @@ ANSWER_BYTES_MAX = 32 * 1024 * 1024
 
 
 class Caller(Protocol):
-    """The HTTP side of a call."""
+    """The HTTP side of a call. `load_wait_ms` is how long they are willing to wait for a model to be loaded, if they said so."""
+
+    load_wait_ms: int | None
+
+    def trying(self, origin: "Origin") -> None:
+        """A node is asked."""
+
+    def tried(self, failure: Failure | None) -> None:
+        """It is done with, well or not."""
 
     async def begin(self, head: m.Head, origin: "Origin") -> None: ...
 
@@ -84,6 +92,7 @@ class Calls:
             last = decision.node_id
             tried.add(last)
             outcome = await self._attempt(call, decision, body, caller, number=len(failures) + 1)
+            caller.tried(outcome.failure)
             if outcome.failure is None:
                 return outcome
             failures = (*failures, outcome.failure)
@@ -96,16 +105,18 @@ class Calls:
     async def _attempt(self, call: Call, place: Place, body: bytes, caller: Caller, *, number: int) -> Outcome:
         now = self._clock.now_ms()
         attempt = Attempt(id=AttemptId(secrets.token_hex(16)), call_id=call.id, node_id=place.node_id, number=number, asked_at_ms=now)
-        state = relay.ask(now_ms=now, first_token_in_ms=place.quote.first_token_in_ms, keeps=not call.stream)
+        first_ms, wait_ms = place.quote.first_token_in_ms, caller.load_wait_ms or 0
+        state = relay.ask(now_ms=now, first_token_in_ms=first_ms, keeps=not call.stream, load_wait_ms=wait_ms)
         conversation = self._exchange.open(attempt, state)
         card = self._roster.card(place.node_id)
         origin = Origin(node_id=place.node_id, hardware=card.hardware.summary() if card else "", attempts=number)
+        caller.trying(origin)
         loop = asyncio.get_running_loop()
         helpers: list[asyncio.Task[None]] = []
         watch = loop.call_later(WATCH_AFTER_S, lambda: helpers.append(self._spawn(self._watch(conversation, caller))))
         self._roster.began(place.node_id, call.needs.model)
         try:
-            await self._exchange.ask(conversation, _request(call, attempt, body))
+            await self._exchange.ask(conversation, _request(call, attempt, body, caller.load_wait_ms))
             if len(body) > subjects.PART_BYTES_MAX:
                 helpers.append(self._spawn(self._send_rest(conversation, body)))
             return await self._relay(call, conversation, caller, origin)
@@ -167,7 +178,7 @@ class Calls:
         return self.group.create_task(work)
 
 
-def _request(call: Call, attempt: Attempt, body: bytes) -> m.Request:
+def _request(call: Call, attempt: Attempt, body: bytes, load_wait_ms: int | None) -> m.Request:
     return m.Request(
         attempt_id=attempt.id,
         call_id=call.id,
@@ -179,4 +190,5 @@ def _request(call: Call, attempt: Attempt, body: bytes) -> m.Request:
         stream=call.stream,
         body_bytes=len(body),
         body=body if len(body) <= subjects.PART_BYTES_MAX else body[: subjects.PART_BYTES_MAX],
+        load_wait_ms=load_wait_ms,
     )

@@ -34,7 +34,7 @@ def render(schema: dict[str, Any]) -> str:
         "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
         f"<title>{escape(info['title'])} API</title><style>{STYLE}</style>"
         f"<h1>{escape(info['title'])} API</h1><p>Version {escape(info['version'])}. An OpenAI client works as it is: "
-        "give it this address with <code>/v1</code> as its base URL, and your key. "
+        "give it this address with <code>/v1</code> as its base URL, and your key. Anthropic's takes the bare address. "
         "The whole description is in <a href='/openapi.json'>openapi.json</a>.</p>"
         f"<pre>{escape(EXAMPLE.format(base='http://HOST:PORT'))}</pre>{sections}</html>"
     )

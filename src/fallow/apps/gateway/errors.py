@@ -1,9 +1,10 @@
-"""Fallow's error codes as HTTP: the one table."""
+"""Fallow's error codes as HTTP: the one table, and the envelope of each protocol."""
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from fallow.model.errors import Failure, shortened
 from fallow.model.quote import Refuse
+from fallow.wire import messages_api, openai, responses_answer, sse
 
 
 class Status(NamedTuple):
@@ -17,9 +18,11 @@ INTERNAL = Status(500, "server_error")
 TABLE: dict[str, Status] = {
     "invalid_request": Status(400, "invalid_request_error"),
     "context_length_exceeded": Status(400, "invalid_request_error"),
+    "answer_incomplete": Status(400, "invalid_request_error"),
     "invalid_api_key": Status(401, "authentication_error"),
     "model_not_found": Status(404, "invalid_request_error"),
     "unknown_path": Status(404, "invalid_request_error"),
+    "call_not_found": Status(404, "invalid_request_error"),
     "method_not_allowed": Status(405, "invalid_request_error"),
     "body_timeout": Status(408, "invalid_request_error"),
     "body_too_large": Status(413, "invalid_request_error"),
@@ -37,6 +40,7 @@ TABLE: dict[str, Status] = {
     "wire_error": Status(502, "server_error"),
     "engine_failed": Status(502, "server_error"),
     "engine_stalled": Status(502, "server_error"),
+    "schema_not_met": Status(502, "server_error"),
     "answer_gap": Status(502, "server_error"),
     "answer_malformed": Status(502, "server_error"),
     "answer_too_long": Status(502, "server_error"),
@@ -51,6 +55,35 @@ MODELS_NAMED_MAX = 20
 RETRY_AFTER_MS = 2_000
 """For a 503 that doesn't know better."""
 _PASSING = frozenset({"no_nodes", "engine_failed", "already_tried", "offer_expired"})
+
+Protocol = Literal["openai", "responses", "messages"]
+
+
+def protocol_of(path: str, *, anthropic: bool) -> Protocol:
+    """Whose errors a path answers; `anthropic` is set for a client that names the version of Anthropic's API."""
+    if path.startswith(openai.MESSAGES) or (anthropic and path.startswith(openai.MODELS)):
+        return "messages"
+    return "responses" if path == openai.RESPONSES else "openai"
+
+
+def body_of(failure: Failure, protocol: Protocol, call_id: str) -> bytes:
+    """The document that answers a call that failed."""
+    status, kind = status_of(failure)
+    if protocol == "messages":
+        return messages_api.error_body(failure.message, failure.code, status, call_id)
+    return openai.error_body(failure, kind)
+
+
+def event_of(failure: Failure, protocol: Protocol, call_id: str) -> bytes:
+    """The last event of a stream that began and then failed."""
+    status, kind = status_of(failure)
+    match protocol:
+        case "messages":
+            return messages_api.error_event(failure.message, failure.code, status, call_id)
+        case "responses":
+            return responses_answer.error_event(failure.code, failure.message, failure.param)
+        case "openai":
+            return sse.event(openai.error_body(failure, kind))
 
 
 def status_of(failure: Failure) -> Status:

@@ -2,11 +2,13 @@
 
 import asyncio
 import logging
+from typing import Any
 
 import msgspec
 
 from fallow.apps.gateway.caller import CallerGone, HttpCaller, Receive, Scope, Send
 from fallow.apps.gateway.calls import Calls
+from fallow.apps.gateway.history import History
 from fallow.apps.gateway.keys import Keys
 from fallow.apps.gateway.metrics import Metrics
 from fallow.apps.gateway.roster import Roster
@@ -16,11 +18,11 @@ from fallow.model.errors import Failure, FallowError
 from fallow.model.ids import GatewayId
 from fallow.model.needs import Needs, ServiceTier
 from fallow.ports import Clock
-from fallow.wire import openai
+from fallow.wire import models_api, openai
 
-CALL_PATHS = frozenset({openai.CHAT, openai.COMPLETIONS})
-TIERS: dict[openai.Tier, ServiceTier] = {
+TIERS: dict[openai.Tier | openai.MessagesTier, ServiceTier] = {
     "auto": "default",
+    "standard_only": "default",
     "default": "default",
     "scale": "default",
     "flex": "flex",
@@ -35,11 +37,14 @@ _json = msgspec.json.Encoder()
 class Api:
     """`/v1/…`."""
 
-    def __init__(self, gateway_id: GatewayId, calls: Calls, keys: Keys, roster: Roster, clock: Clock, metrics: Metrics) -> None:
+    def __init__(
+        self, gateway_id: GatewayId, calls: Calls, keys: Keys, roster: Roster, history: History, clock: Clock, metrics: Metrics
+    ) -> None:
         self._gateway_id = gateway_id
         self._calls = calls
         self._keys = keys
         self._roster = roster
+        self._history = history
         self._clock = clock
         self._metrics = metrics
         self._bodies_bytes = 0
@@ -48,10 +53,11 @@ class Api:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         exchange = HttpCaller(scope, receive, send, self._metrics)
+        status = CLIENT_CLOSED
         try:
             status = await self._answer(exchange)
         except CallerGone:
-            status = CLIENT_CLOSED
+            pass
         except FallowError as error:
             status = await exchange.fail(error.failure())
         except asyncio.CancelledError:
@@ -59,26 +65,35 @@ class Api:
         except Exception as error:  # noqa: BLE001  (the outermost loop: one call's fault is one call's; its text may hold a prompt)
             log.error("call %s broke: %s", exchange.call_id, type(error).__name__)
             status = await exchange.fail(Failure(code="internal_error", message="the gateway failed on this call"))
+        finally:
+            if exchange.story is not None:
+                left = status == CLIENT_CLOSED
+                self._history.end(exchange.call_id, http_status=exchange.status, left=left, usage=exchange.outcome.usage)
         usage = exchange.outcome.usage
         self._metrics.call_ended(status, usage.prompt_tokens if usage else 0, usage.output_tokens if usage else 0)
 
     async def _answer(self, http: HttpCaller) -> int:
         if self.stopping:
             return await http.fail(Failure(code="gateway_stopping", message="the gateway is being stopped"))
-        authorization = http.incoming.header(b"authorization")
+        authorization = http.incoming.authorization()
         grant = self._keys.recall(authorization) or await self._keys.check(authorization)
         path, method = http.incoming.path, http.incoming.method
-        if path in CALL_PATHS:
+        if path in openai.HEADS:
             return await self._call(http, grant) if method == "POST" else await http.fail(_method(method, "POST"))
-        if path == openai.MODELS:
-            return await http.reply(200, self._models()) if method == "GET" else await http.fail(_method(method, "GET"))
-        if path.startswith(openai.MODELS + "/"):
-            if method != "GET":
-                return await http.fail(_method(method, "GET"))
-            return await self._model(http, path.removeprefix(openai.MODELS + "/"))
+        if path == openai.MODELS or path.startswith((openai.MODELS + "/", openai.CALLS + "/")):
+            return await self._look_up(http, grant, path) if method == "GET" else await http.fail(_method(method, "GET"))
         return await http.fail(Failure(code="unknown_path", message=f"there is no {path[:200]}; see /openapi.json for what there is"))
 
+    async def _look_up(self, http: HttpCaller, grant: Grant, path: str) -> int:
+        if path == openai.MODELS:
+            return await http.reply(200, _json.encode(self._models(http)))
+        if path.startswith(openai.CALLS):
+            return await self._story(http, grant, path.removeprefix(openai.CALLS + "/"))
+        return await self._model(http, path.removeprefix(openai.MODELS + "/"))
+
     async def _call(self, http: HttpCaller, grant: Grant) -> int:
+        http.story = self._history.begin(http.call_id, grant.org_id, http.incoming.path, began_ns=http.arrived_ns)
+        http.load_wait_ms = http.incoming.load_wait_ms()
         size = http.incoming.declared_bytes()
         refusal = admit_call(calls=self.calls_now, bodies_bytes=self._bodies_bytes, size=size)
         if refusal is not None:
@@ -99,12 +114,14 @@ class Api:
             self._bodies_bytes -= size
 
     def _read(self, http: HttpCaller, grant: Grant, body: bytes) -> Call:
-        head = openai.read_head(body)
+        head = openai.read_head(http.incoming.path, body)
+        if http.story is not None:
+            http.story.names(head.model)
         needs = Needs(
             model=head.model,
             prompt_tokens=len(body) // openai.BYTES_PER_TOKEN,
             output_tokens_max=head.output_tokens_max,
-            service_tier=TIERS[head.service_tier or "default"],
+            service_tier=TIERS[head.tier or "default"],
         )
         return Call(
             id=http.call_id,
@@ -118,14 +135,33 @@ class Api:
             arrived_at_ms=self._clock.wall_ms(),
         )
 
-    def _models(self) -> bytes:
-        names = sorted({c.offer.model for c in self._roster.candidates()})
-        return _json.encode(openai.ModelList(data=[openai.Model(id=name, created=0, owned_by="fallow") for name in names]))
+    def _contexts(self) -> dict[str, int]:
+        """The models on offer, each with the longest context."""
+        found: dict[str, int] = {}
+        for candidate in self._roster.candidates():
+            found[candidate.offer.model] = max(candidate.offer.context_tokens, found.get(candidate.offer.model, 0))
+        return found
+
+    def _models(self, http: HttpCaller) -> Any:
+        contexts = self._contexts()
+        if http.incoming.header(b"anthropic-version"):
+            return models_api.model_list(contexts)
+        return openai.ModelList(data=[openai.Model(id=name, created=0, owned_by="fallow") for name in sorted(contexts)])
 
     async def _model(self, http: HttpCaller, name: str) -> int:
-        if any(c.offer.model == name for c in self._roster.candidates()):
-            return await http.reply(200, _json.encode(openai.Model(id=name, created=0, owned_by="fallow")))
-        return await http.fail(Failure(code="model_not_found", message=f"the model {name[:200]!r} is not offered here", param="model"))
+        context_tokens = self._contexts().get(name)
+        if context_tokens is None:
+            return await http.fail(Failure(code="model_not_found", message=f"the model {name[:200]!r} is not offered here", param="model"))
+        if http.incoming.header(b"anthropic-version"):
+            return await http.reply(200, _json.encode(models_api.model_info(name, context_tokens)))
+        return await http.reply(200, _json.encode(openai.Model(id=name, created=0, owned_by="fallow")))
+
+    async def _story(self, http: HttpCaller, grant: Grant, call_id: str) -> int:
+        view = self._history.view(call_id, grant.org_id)
+        if view is None:
+            text = "nothing is known of this call; calls are remembered for an hour, by the gateway that took them"
+            return await http.fail(Failure(code="call_not_found", message=text))
+        return await http.reply(200, _json.encode(view))
 
 
 def _method(method: str, wanted: str) -> Failure:

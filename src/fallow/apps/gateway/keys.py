@@ -17,6 +17,7 @@ REMEMBERED_MAX = 10_000
 LOOKUPS_MAX = 64
 LOOKUP_S = 2.0
 KEY_BYTES_MAX = 256
+HOW = "give your API key as `Authorization: Bearer KEY` or as `x-api-key: KEY`; `fallow status` shows the key of this machine"
 
 
 class _Known(NamedTuple):
@@ -45,7 +46,7 @@ class Keys:
         scheme, _, key = authorization.partition(b" ")
         key = key.strip()
         if scheme.lower() != b"bearer" or not key or len(key) > KEY_BYTES_MAX:
-            raise InvalidApiKey("give your API key as `Authorization: Bearer KEY`; `fallow status` shows the key of this machine")
+            raise InvalidApiKey(HOW)
         digest = hashlib.sha256(authorization).digest()
         known = self._known.get(digest)
         now = self._clock.now_ms()

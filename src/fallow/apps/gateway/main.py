@@ -14,6 +14,7 @@ from fallow.apps.gateway.admin import Admin, make_admin
 from fallow.apps.gateway.caller import Receive, Scope, Send
 from fallow.apps.gateway.calls import Calls
 from fallow.apps.gateway.exchange import Exchange
+from fallow.apps.gateway.history import History
 from fallow.apps.gateway.http import Api
 from fallow.apps.gateway.keys import Keys
 from fallow.apps.gateway.metrics import Metrics
@@ -36,7 +37,8 @@ class Gateway:
         self.roster = Roster(gateway_id, bus, clock)
         self.keys = Keys(bus, clock)
         self.calls = Calls(self.exchange, self.roster, clock, metrics)
-        self.api = Api(gateway_id, self.calls, self.keys, self.roster, clock, metrics)
+        self.history = History(clock)
+        self.api = Api(gateway_id, self.calls, self.keys, self.roster, self.history, clock, metrics)
         self._admin: Any = make_admin(Admin(self.exchange, self.roster, self.keys, bus, clock, metrics))
 
     async def app(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -50,9 +52,13 @@ class Gateway:
             await self.exchange.start()
             await self.roster.start()
             self.bus.on_lost(self.roster.forget_all)
-            sweep = group.create_task(self.exchange.sweep(self.roster.refresh), name="sweep")
+            sweep = group.create_task(self.exchange.sweep(self._refresh), name="sweep")
             await until.wait()
             sweep.cancel()
+
+    async def _refresh(self) -> None:
+        self.history.forget_old()
+        await self.roster.refresh()
 
     def end_calls(self) -> None:
         """Take no more calls, and end those under way with a word."""

@@ -1,55 +1,165 @@
 """The hot paths in the OpenAPI document: they aren't Litestar's, so they are added here, from the types that read them."""
 
-from typing import Any
+from collections import defaultdict
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 
-from fallow.wire import openai
-from fallow.wire.llama_request import ChatRequest, CompletionRequest
+from fallow.apps.gateway import errors
+from fallow.model.views import CallView
+from fallow.wire import messages_request, models_api, openai, responses_request
+from fallow.wire.chat_request import ChatRequest
+from fallow.wire.completions_api import CompletionRequest
+from fallow.wire.embeddings import EmbeddingsRequest
+from fallow.wire.prefer import WAIT_S_MAX
+from fallow.wire.rerank import RerankRequest
 
 REFERENCE = "#/components/schemas/{name}"
-_CALLS = (
-    (openai.CHAT, "post", "Answer a chat, streamed or whole", ChatRequest, None),
-    (openai.COMPLETIONS, "post", "Continue a text, streamed or whole", CompletionRequest, None),
-    (openai.MODELS, "get", "The models that are offered now", None, openai.ModelList),
-    (openai.MODELS + "/{model}", "get", "One model", None, openai.Model),
+Envelopes = tuple[Any, ...]
+
+
+class MessagesError(msgspec.Struct, frozen=True, kw_only=True):
+    """Anthropic's error object."""
+
+    type: str
+    message: str
+
+
+class MessagesErrorEnvelope(msgspec.Struct, frozen=True, kw_only=True):
+    """How errors look to Anthropic's clients; `request_id` is the call's id."""
+
+    error: MessagesError
+    request_id: str | None
+    type: Literal["error"] = "error"
+
+
+OURS: Envelopes = (openai.ErrorEnvelope,)
+THEIRS: Envelopes = (MessagesErrorEnvelope,)
+
+
+class Door(NamedTuple):
+    """One path, what comes in and what goes out."""
+
+    path: str
+    method: str
+    summary: str
+    asked: Any = None
+    answered: Envelopes = ()
+    streams: bool = False
+    envelopes: Envelopes = OURS
+
+
+DOORS = (
+    Door(openai.CHAT, "post", "Answer a chat, streamed or whole", ChatRequest, streams=True),
+    Door(openai.COMPLETIONS, "post", "Continue a text, streamed or whole", CompletionRequest, streams=True),
+    Door(openai.RESPONSES, "post", "Answer, as OpenAI's newer API has it", responses_request.ResponsesRequest, streams=True),
+    Door(openai.RESPONSES_COUNT, "post", "Count the tokens of a response's input", responses_request.CountRequest),
+    Door(openai.MESSAGES, "post", "Answer a chat, as Anthropic has it", messages_request.MessagesRequest, streams=True, envelopes=THEIRS),
+    Door(openai.MESSAGES_COUNT, "post", "Count the tokens of a message's input", messages_request.CountRequest, envelopes=THEIRS),
+    Door(openai.EMBEDDINGS, "post", "Turn texts into vectors", EmbeddingsRequest),
+    Door(openai.RERANK, "post", "Sort texts by how well they fit a question", RerankRequest),
+    Door(
+        openai.MODELS,
+        "get",
+        "The models that are offered now",
+        answered=(openai.ModelList, models_api.ModelInfoList),
+        envelopes=OURS + THEIRS,
+    ),
+    Door(openai.MODELS + "/{model}", "get", "One model", answered=(openai.Model, models_api.ModelInfo), envelopes=OURS + THEIRS),
+    Door(openai.CALLS + "/{id}", "get", "What happened to a call", answered=(CallView,)),
 )
-_TYPES = [ChatRequest, CompletionRequest, openai.ModelList, openai.Model, openai.ErrorEnvelope]
+_TYPES = list(dict.fromkeys(t for door in DOORS for t in (door.asked, *door.answered, *door.envelopes) if t is not None))
+_LOOK_UP_CODES = ("invalid_api_key", "model_not_found", "call_not_found", "broker_lost", "gateway_stopping", "internal_error")
+_NOT_OF_A_CALL = ("call_not_found", "method_not_allowed")
 ANSWER_HEADERS = {
     "Fallow-Call": "The call's id.",
     "Fallow-Node": "The node that answered.",
     "Fallow-Hardware": "What it answered on.",
     "Fallow-Attempts": "How many nodes were tried.",
     "Fallow-Overhead-Ms": "Time added to the engine's own, in milliseconds.",
+    "Preference-Applied": "The wait that was granted, if `Prefer` asked for one.",
+}
+RETRY_AFTER = {"Retry-After": {"description": "Seconds after which trying again makes sense.", "schema": {"type": "integer"}}}
+PREFER: dict[str, Any] = {
+    "name": "Prefer",
+    "in": "header",
+    "required": False,
+    "description": f"`wait=60`: wait up to so many seconds (at most {WAIT_S_MAX}) for the model to be loaded, where it isn't.",
+    "schema": {"type": "string"},
+    "example": "wait=60",
+}
+ANTHROPIC_VERSION: dict[str, Any] = {
+    "name": "anthropic-version",
+    "in": "header",
+    "required": False,
+    "description": "If it is there, the answer has the shape that Anthropic's clients read.",
+    "schema": {"type": "string"},
 }
 
 
 def with_calls(schema: dict[str, Any]) -> dict[str, Any]:
     """Litestar's document with the hot paths in it."""
-    paths, components = msgspec.json.schema_components(_TYPES, ref_template=REFERENCE)
-    by_type = dict(zip(_TYPES, paths, strict=True))
+    parts, components = msgspec.json.schema_components(_TYPES, ref_template=REFERENCE)
+    by_type = dict(zip(_TYPES, parts, strict=True))
     full = {**schema, "paths": dict(schema.get("paths", {})), "components": dict(schema.get("components", {}))}
-    full["components"]["schemas"] = {**full["components"].get("schemas", {}), **components}
-    for path, method, summary, asked, answered in _CALLS:
-        full["paths"][path] = {method: _operation(summary, by_type, asked, answered, has_model="{model}" in path)}
+    full["components"]["schemas"] = {**full["components"].get("schemas", {}), **_readable(components)}
+    for door in DOORS:
+        full["paths"].setdefault(door.path, {})[door.method] = _operation(door, by_type)
     return full
 
 
-def _operation(summary: str, by_type: dict[Any, Any], asked: Any, answered: Any, *, has_model: bool) -> dict[str, Any]:
-    error = {"description": "An error", "content": {"application/json": {"schema": by_type[openai.ErrorEnvelope]}}}
-    schema = by_type[answered] if answered is not None else {"type": "object"}
-    content = {"application/json": {"schema": schema}}
-    if asked is not None:
+def _readable(part: Any) -> Any:
+    """The same schema with its patterns in the dialect of OpenAPI, which has no `\\Z` and whose `$` is as strict."""
+    if isinstance(part, dict):
+        return {
+            key: value.replace("\\Z", "$") if key == "pattern" and isinstance(value, str) else _readable(value)
+            for key, value in part.items()
+        }
+    return [_readable(one) for one in part] if isinstance(part, list) else part
+
+
+def _operation(door: Door, by_type: dict[Any, Any]) -> dict[str, Any]:
+    content: dict[str, Any] = {"application/json": {"schema": _one_of(door.answered, by_type) if door.answered else {"type": "object"}}}
+    if door.streams:
         content["text/event-stream"] = {"schema": {"type": "string"}}
-    headers = {name: {"description": text, "schema": {"type": "string"}} for name, text in ANSWER_HEADERS.items()} if asked else {}
+    headers = {name: {"description": text, "schema": {"type": "string"}} for name, text in ANSWER_HEADERS.items()} if door.asked else {}
     operation: dict[str, Any] = {
-        "summary": summary,
+        "summary": door.summary,
         "tags": ["calls"],
-        "security": [{"key": []}],
-        "responses": {"200": {"description": "The answer", "headers": headers, "content": content}, "default": error},
+        "security": [{"key": []}, {"api_key": []}],
+        "responses": {"200": {"description": "The answer", "headers": headers, "content": content}, **_errors(door, by_type)},
     }
-    if asked is not None:
-        operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": by_type[asked]}}}
-    if has_model:
-        operation["parameters"] = [{"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}]
+    parameters: list[dict[str, Any]] = [
+        {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
+        for name in ("model", "id")
+        if f"{{{name}}}" in door.path
+    ]
+    if door.asked is not None:
+        operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": by_type[door.asked]}}}
+        parameters.append(PREFER)
+    elif len(door.answered) > 1:
+        parameters.append(ANTHROPIC_VERSION)
+    if parameters:
+        operation["parameters"] = parameters
     return operation
+
+
+def _errors(door: Door, by_type: dict[Any, Any]) -> dict[str, Any]:
+    """The errors of a path by status, with the codes that come under each."""
+    by_status: defaultdict[int, list[str]] = defaultdict(list)
+    for code, status in errors.TABLE.items():
+        if code not in _NOT_OF_A_CALL if door.asked is not None else code in _LOOK_UP_CODES:
+            by_status[status.http].append(code)
+    schema = _one_of(door.envelopes, by_type)
+    return {
+        str(status): {
+            "description": ", ".join(f"`{code}`" for code in codes),
+            "headers": RETRY_AFTER if status == 503 else {},
+            "content": {"application/json": {"schema": schema}},
+        }
+        for status, codes in sorted(by_status.items())
+    }
+
+
+def _one_of(types: Envelopes, by_type: dict[Any, Any]) -> Any:
+    return by_type[types[0]] if len(types) == 1 else {"anyOf": [by_type[t] for t in types]}

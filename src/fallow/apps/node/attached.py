@@ -15,6 +15,7 @@ from fallow.model.offer import Load
 from fallow.model.receipt import Usage
 from fallow.wire import sse
 from fallow.wire.llama_answer import added
+from fallow.wire.openai import CHAT, COMPLETIONS, EMBEDDINGS, MESSAGES, MESSAGES_COUNT, RERANK, RESPONSES, RESPONSES_COUNT
 
 MODELS_S = 5.0
 MODELS_BYTES_MAX = 1024 * 1024
@@ -35,8 +36,10 @@ class _Usage(msgspec.Struct, frozen=True):
     usage: dict[str, object] | None = None
 
 
+PATHS = frozenset({CHAT, COMPLETIONS, RESPONSES, RESPONSES_COUNT, MESSAGES, MESSAGES_COUNT, EMBEDDINGS, RERANK})
 _PRINTABLE = re.compile(r"[ -~]{1,128}")
 _usage = msgspec.json.Decoder(_Usage)
+_fields = msgspec.json.Decoder(dict[str, msgspec.Raw])
 
 
 async def find_models(engine: HttpEngine) -> list[str]:
@@ -93,11 +96,22 @@ def find_usage(tail: bytes, *, events: bool) -> Usage | None:
         return None
 
 
+def without_ours(body: bytes) -> bytes:
+    """The same request without the `fallow` object, which is between the caller and the gateway; else the bytes that came."""
+    if b'"fallow"' not in body:
+        return body
+    try:
+        fields = _fields.decode(body)
+    except (msgspec.DecodeError, RecursionError):
+        return body  # the server will say what is wrong with it
+    return body if fields.pop("fallow", None) is None else msgspec.json.encode(fields)
+
+
 class AttachedServed(Lane):
     """One model of an attached server."""
 
     def __init__(self, *, model: str, engine: HttpEngine, slots: int) -> None:
-        super().__init__(model=model, slots=slots, context_tokens=CONTEXT_TOKENS_UNKNOWN, digest="")
+        super().__init__(model=model, slots=slots, context_tokens=CONTEXT_TOKENS_UNKNOWN, digest="", paths=PATHS)
         self._engine = engine
         self._healthy = True
 
@@ -118,13 +132,13 @@ class AttachedServed(Lane):
         finally:
             self._engine.close()
 
-    async def ready(self) -> Failure | None:
+    async def ready(self, within_s: float | None = None) -> Failure | None:
         return None
 
     @contextlib.asynccontextmanager
     async def ask(self, path: str, body: bytes) -> AsyncIterator[Answer]:
         """Raises EngineFailed when the server fails; its refusals pass as they came."""
-        async with self._engine.post(path, body) as answer:
+        async with self._engine.post(path, without_ours(body)) as answer:
             if answer.head.status >= 500:
                 raise EngineFailed(f"the attached server answered with status {answer.head.status}")
             yield PassedAnswer(answer)

@@ -58,13 +58,18 @@ class Job:
         await self._gather()
         body = bytes(self._body)
         self._body.clear()
-        async with self.served.gate:
-            not_ready = await self.served.ready()
-            if not_ready is not None:
-                raise Refused(not_ready)
-            asked_us = _now_us()
-            async with self.served.ask(self.request.path, body) as answer:
-                await self._relay(answer, asked_us)
+        asking = self.served.ask(self.request.path, body)  # what can't be answered is refused before anything loads
+        self.served.calls += 1
+        try:
+            async with self.served.gate:
+                not_ready = await self.served.ready(_seconds(self.request.load_wait_ms))
+                if not_ready is not None:
+                    raise Refused(not_ready)
+                asked_us = _now_us()
+                async with asking as answer:
+                    await self._relay(answer, asked_us)
+        finally:
+            self.served.calls -= 1
 
     async def _gather(self) -> None:
         """Wait for the rest of the body, granting credit as it comes; raises BodyLost if it doesn't."""
@@ -98,6 +103,10 @@ class Job:
         log.info("attempt failed: %s", failure.code)
         with contextlib.suppress(BrokerLost):
             await self.outlet.fail(failure)
+
+
+def _seconds(wait_ms: int | None) -> float | None:
+    return None if wait_ms is None else wait_ms / 1000
 
 
 def _now_us() -> int:

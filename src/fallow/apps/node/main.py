@@ -6,33 +6,30 @@ import tempfile
 from pathlib import Path
 from urllib.parse import urlsplit
 
-import msgspec
-
 from fallow.adapters import machine
-from fallow.adapters.catalogue import find
+from fallow.adapters.catalogue import load_catalogue
 from fallow.adapters.clock import SystemClock
 from fallow.adapters.fetch import fetch
 from fallow.adapters.files import make_folder, only_one, read_or_make
 from fallow.adapters.http_engine import HttpEngine
-from fallow.adapters.llama_process import SOCKET_PATH_MAX, LlamaProcess
+from fallow.adapters.llama_process import SOCKET_PATH_MAX
 from fallow.adapters.nats_bus import NatsBus
 from fallow.apps.node.attached import AttachedServed, find_models
+from fallow.apps.node.loading import Loader
 from fallow.apps.node.node import Node
-from fallow.apps.node.served import LlamaServed, Served
-from fallow.apps.node.supervisor import Supervisor
+from fallow.apps.node.room import Room
+from fallow.apps.node.served import Served
 from fallow.apps.run import tell_ready
 from fallow.apps.settings import Settings
-from fallow.core.sizing import size_engine
+from fallow.core.sizing import memory_limit
 from fallow.model.card import Card
 from fallow.model.errors import BadFlag, StartFailed
 from fallow.model.ids import NodeId, OrgId
 from fallow.ports import Clock
 
 ATTACHED_SLOTS = 64
-KV_BYTES_PER_TOKEN = 23 * 1024
-"""SmolLM2-135M's, measured; the catalogue will tell it per model."""
 CARD_LIFE_MS = 24 * 3_600_000
-SOCKET_NAME = "llama"
+SOCKET_NAME = "e99"
 LOAD_POLL_S = 0.1
 
 
@@ -43,7 +40,7 @@ async def run_node(settings: Settings, hub: str, secret: str, engine: str, until
         clock = SystemClock()
         run_folder = _socket_folder(settings.data)
         try:
-            served = await _attached(engine, settings) if engine else [await _llama(settings, run_folder, clock)]
+            served = await _attached(engine, settings) if engine else await _packaged(settings, run_folder, clock)
             bus = NatsBus(hub, secret, node_id)
             await bus.connect()
             try:
@@ -61,11 +58,11 @@ async def run_node(settings: Settings, hub: str, secret: str, engine: str, until
 
 
 async def _tell_when_ready(served: list[Served], ready: int | None, node_id: NodeId) -> None:
-    """Load what is served before anybody calls, then say that we are ready; raises StartFailed if it can't be loaded."""
+    """Load the first model before anybody calls, then say that we are ready; raises StartFailed if it can't be loaded."""
     await asyncio.sleep(0)  # the node's task starts the supervisors first
-    while failures := [failure for one in served if (failure := await one.ready()) is not None]:
-        if any(failure.code == "engine_failed" for failure in failures):
-            raise StartFailed(f"{served[0].model} can't be loaded: {failures[0].message}")
+    while (failure := await served[0].ready()) is not None:
+        if failure.code == "engine_failed":
+            raise StartFailed(f"{served[0].model} can't be loaded: {failure.message}")
         await asyncio.sleep(LOAD_POLL_S)
     tell_ready(ready, node_id, f"Lending {', '.join(one.model for one in served)} as {node_id}; Ctrl-C stops it.")
 
@@ -84,32 +81,17 @@ def _card(node_id: NodeId, settings: Settings, clock: Clock) -> Card:
     )
 
 
-async def _llama(settings: Settings, folder: Path, clock: Clock) -> Served:
-    weights = find(settings.node.model)
-    path = await asyncio.to_thread(fetch, weights, settings.models_folder)
-    size = size_engine(
-        cores_physical=machine.physical_cores(),
-        memory_free_bytes=machine.free_memory_bytes(),
-        weights_bytes=weights.size_bytes,
-        context_tokens=weights.context_tokens,
-        kv_bytes_per_token=KV_BYTES_PER_TOKEN,
-    )
-    if size is None:
-        need_mb = 2 * weights.size_bytes // 2**20 + 500
-        raise StartFailed(f"{weights.name} needs about {need_mb} MB of free memory; free some, or choose a smaller model")
-    size = msgspec.structs.replace(size, threads=settings.node.threads or size.threads, slots=settings.node.slots or size.slots)
-    launch = LlamaProcess(weights=path, weights_sha256=weights.sha256, model=weights.name, size=size, folder=folder, name=SOCKET_NAME)
-    client = HttpEngine(str(launch.socket))
-    supervisor = Supervisor(launch, client, clock, weights_bytes=weights.size_bytes, stall_ms=int(settings.node.stall_s * 1000))
-    return LlamaServed(
-        model=weights.name,
-        digest=weights.sha256,
-        context_tokens=size.context_tokens,
-        slots=size.slots,
-        supervisor=supervisor,
-        engine=client,
-        load_wait_s=settings.node.load_wait_s,
-    )
+async def _packaged(settings: Settings, folder: Path, clock: Clock) -> list[Served]:
+    """All models that this machine lends, their files fetched; raises StartFailed, FetchFailed, MissingExtra."""
+    limit = memory_limit(memory_free_bytes=machine.free_memory_bytes(), wanted_gb=settings.node.memory_gb)
+    loader = Loader(settings, folder, Room(limit), clock)
+    catalogue = load_catalogue(settings.data)
+    served: list[Served] = []
+    for name in dict.fromkeys(catalogue.find(name).name for name in settings.node.models):
+        weights = catalogue.find(name)
+        await asyncio.to_thread(fetch, weights, settings.models_folder)
+        served.append(loader.load(weights))
+    return served
 
 
 async def _attached(address: str, settings: Settings) -> list[Served]:

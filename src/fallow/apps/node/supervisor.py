@@ -4,10 +4,11 @@ import asyncio
 import contextlib
 import logging
 from asyncio.subprocess import Process
+from pathlib import Path
+from typing import Protocol
 
 from fallow.adapters import children
 from fallow.adapters.http_engine import HttpEngine
-from fallow.adapters.llama_process import LlamaProcess
 from fallow.core import watch
 from fallow.model.errors import BadChecksum
 from fallow.model.offer import Readiness
@@ -21,10 +22,20 @@ HOPELESS_FAULTS = 3
 log = logging.getLogger("fallow.node")
 
 
+class Launcher(Protocol):
+    """How an engine's process is started."""
+
+    socket: Path
+
+    async def start(self) -> Process: ...
+
+    def clean_up(self) -> None: ...
+
+
 class Supervisor:
     """One engine's process. `moved()` is to be called whenever a call in it made progress."""
 
-    def __init__(self, launch: LlamaProcess, engine: HttpEngine, clock: Clock, *, weights_bytes: int, stall_ms: int) -> None:
+    def __init__(self, launch: Launcher, engine: HttpEngine, clock: Clock, *, weights_bytes: int, stall_ms: int) -> None:
         self._launch = launch
         self._engine = engine
         self._clock = clock
@@ -55,9 +66,26 @@ class Supervisor:
         """Start the engine if it isn't there."""
         self._step(watch.Wanted())
 
+    def leave(self) -> None:
+        """End the engine: its memory is needed."""
+        self._step(watch.Unwanted())
+
+    @property
+    def is_present(self) -> bool:
+        """Whether the engine holds memory, or will at any moment."""
+        return self._watch.phase != "cold"
+
+    @property
+    def is_leaving(self) -> bool:
+        return self._watch.phase == "leaving"
+
     def moved(self) -> None:
         """A call in the engine made progress."""
         self._moved_at_ms = self._clock.now_ms()
+
+    @property
+    def is_ready(self) -> bool:
+        return self._ready.is_set()
 
     async def ready(self, within_s: float) -> bool:
         """Wait for the engine."""
@@ -72,7 +100,8 @@ class Supervisor:
     def readiness(self) -> Readiness:
         if watch.is_failed(self._watch):
             return "failed"
-        return "cold" if self._watch.phase == "cold" else "ready" if self._watch.phase == "ready" else "loading"
+        phase = self._watch.phase
+        return "ready" if phase == "ready" else "cold" if phase in ("cold", "leaving") else "loading"
 
     def is_hopeless(self) -> bool:
         """Whether the engine never loaded, though it was tried a few times."""
@@ -111,7 +140,7 @@ class Supervisor:
             log.error("engine could not be started: %s", error)
             self._step(watch.Exited())
             return
-        if self._watch.phase == "stopping":  # it took too long before there was a process to kill
+        if self._watch.phase in ("stopping", "leaving"):  # it was to end before there was a process to kill
             await children.kill(process)
         assert self._group is not None
         self._group.create_task(self._until_loaded(process), name="engine load")

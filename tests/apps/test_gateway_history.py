@@ -1,0 +1,310 @@
+"""What `/v1/calls/{id}` tells, to whom, and for how long."""
+
+import asyncio
+import json
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import pytest
+from msgspec.structs import replace
+
+from fallow.apps.gateway import history as history_module
+from fallow.apps.gateway.history import ENDED_MAX, KEPT_MS, MODEL_CHARS_MAX, History
+from fallow.model import messages as m
+from fallow.model.errors import Failure
+from fallow.model.ids import CallId, NodeId, OrgId
+from fallow.model.receipt import Usage
+from fallow.model.views import CallView
+from fallow.wire.openai import CHAT
+
+if TYPE_CHECKING:  # the same file under the two names by which mypy and pytest know it
+    from tests.apps.one_loop import MODEL, ORG, Endless, FakeClock, FakeServed, Network, card_of, turns, until
+else:
+    from one_loop import MODEL, ORG, Endless, FakeClock, FakeServed, Network, card_of, turns, until
+
+pytestmark = pytest.mark.anyio
+
+JSON_HEAD = m.Head(status=200, content_type="application/json", engine_us=5)
+EVENTS_HEAD = m.Head(status=200, content_type="text/event-stream", engine_us=5)
+HARDWARE = card_of("node-a").hardware.summary()
+
+
+async def story(network: Network, call_id: str) -> Any:
+    """What the gateway tells of a call, in the shape that it promises."""
+    call = await network.get(f"/v1/calls/{call_id}")
+    assert call.status == 200, call.body
+    assert msgspec.json.encode(msgspec.json.decode(call.body, type=CallView)) == call.body
+    return call.json
+
+
+# what it tells
+async def test_a_call_that_went_well() -> None:
+    async with Network() as network:
+        served = FakeServed()
+        served.usage = Usage(prompt_tokens=7, cached_tokens=2, output_tokens=3)
+        await network.add("node-a", served)
+        call = await network.ask().done()
+        told = await story(network, call.headers["fallow-call"])
+        assert 0 <= told.pop("first_byte_ms") <= told.pop("total_ms")
+        [attempt] = told.pop("attempts")
+        assert attempt.pop("ms") >= 0
+        assert attempt == {"node": "node-a", "hardware": HARDWARE, "code": None}
+        assert told == {
+            "id": call.headers["fallow-call"],
+            "object": "fallow.call",
+            "path": CHAT,
+            "model": MODEL,
+            "status": "done",
+            "http_status": 200,
+            "code": None,
+            "arrived_at": "2023-11-14T22:30:00.000Z",
+            "prompt_tokens": 7,
+            "cached_tokens": 2,
+            "output_tokens": 3,
+        }
+
+
+async def test_a_call_that_is_under_way() -> None:
+    async with Network() as network:
+        node = await network.play("node-h")
+        call = network.ask(stream=True)
+        request = await node.request()
+        told = await story(network, request.call_id)
+        assert (told["status"], told["model"], told["http_status"], told["first_byte_ms"], told["total_ms"]) == (
+            "running",
+            MODEL,
+            *(None,) * 3,
+        )
+        assert told["attempts"] == [{"node": "node-h", "hardware": HARDWARE, "code": None, "ms": None}]
+        await node.say(request, m.Part(index=0, data=b"data: 1\n\n", head=EVENTS_HEAD))
+        await until(lambda: call.chunks)
+        told = await story(network, request.call_id)
+        assert told["status"] == "running"
+        assert told["first_byte_ms"] >= 0
+        await node.say(request, m.Final(index=1, data=b"data: 2\n\n"))
+        await call.done()
+        assert (await story(network, request.call_id))["status"] == "done"
+
+
+async def test_a_call_that_took_two_nodes() -> None:
+    async with Network() as network:
+        first, second = await network.play("node-a"), await network.play("node-b")
+        call = network.ask()
+        request = await first.request()
+        await first.say(request, m.Final(index=0, failure=Failure(code="busy", message="full")))
+        again = await second.request()
+        assert [one["node"] for one in (await story(network, request.call_id))["attempts"]] == ["node-a", "node-b"]
+        await second.say(again, m.Final(index=0, data=b"{}", head=JSON_HEAD, usage=Usage(prompt_tokens=1, output_tokens=2)))
+        await call.done()
+        told = await story(network, request.call_id)
+        assert (told["status"], told["code"], told["http_status"], told["output_tokens"]) == ("done", None, 200, 2)
+        assert [(one["node"], one["code"]) for one in told["attempts"]] == [("node-a", "busy"), ("node-b", None)]
+        assert all(one["ms"] >= 0 for one in told["attempts"])
+
+
+async def test_a_call_that_failed_everywhere() -> None:
+    async with Network() as network:
+        served = FakeServed()
+        served.not_ready = Failure(code="model_loading", message="being loaded", retry_after_ms=1_000)
+        for name in "abcd":
+            await network.add(f"node-{name}", served)
+        call = await network.ask().done()
+        told = await story(network, call.headers["fallow-call"])
+        assert (told["status"], told["code"], told["http_status"], told["first_byte_ms"]) == ("failed", "model_loading", 503, None)
+        assert (told["prompt_tokens"], told["cached_tokens"], told["output_tokens"]) == (None, None, None)
+        assert [one["code"] for one in told["attempts"]] == ["model_loading"] * 3
+
+
+async def test_a_stream_that_broke_tells_what_the_caller_saw_and_what_the_node_said() -> None:
+    async with Network() as network:
+        node = await network.play("node-h")
+        call = network.ask(stream=True)
+        request = await node.request()
+        await node.say(request, m.Part(index=0, data=b"data: 1\n\n", head=EVENTS_HEAD))
+        await node.say(request, m.Final(index=1, failure=Failure(code="engine_stalled", message="no progress")))
+        await call.done()
+        told = await story(network, request.call_id)
+        assert (told["status"], told["http_status"], told["code"]) == ("failed", 200, "stream_interrupted")
+        assert [one["code"] for one in told["attempts"]] == ["engine_stalled"]
+
+
+@pytest.mark.parametrize(
+    ("body", "model", "code", "http_status"),
+    [
+        (b"nonsense", None, "invalid_request", 400),
+        (b'{"model":"tiny","max_tokens":0}', None, "invalid_request", 400),
+        (b'{"model":"giant"}', "giant", "model_not_found", 404),
+        (b'{"model":"%s"}' % (b"x" * 10_000), "x" * MODEL_CHARS_MAX + "…", "model_not_found", 404),
+    ],
+)
+async def test_a_call_that_was_refused(body: bytes, model: str | None, code: str, http_status: int) -> None:
+    async with Network() as network:
+        await network.add("node-a", FakeServed())
+        call = await network.ask(body=body).done()
+        told = await story(network, call.headers["fallow-call"])
+        assert (told["status"], told["model"], told["code"], told["http_status"]) == ("failed", model, code, http_status)
+        assert told["attempts"] == []
+
+
+async def test_a_caller_who_left() -> None:
+    async with Network() as network:
+        script = Endless()
+        served = FakeServed(script)
+        await network.add("node-a", served)
+        call = network.ask(stream=True)
+        await until(lambda: call.chunks)
+        await call.leave()
+        told = await story(network, call.headers["fallow-call"])
+        assert (told["status"], told["code"], told["http_status"]) == ("caller_left", None, 200)
+        assert [(one["node"], one["code"]) for one in told["attempts"]] == [("node-a", None)]
+        await until(lambda: served.inside == 0)
+
+
+async def test_a_caller_who_left_before_the_body_was_whole() -> None:
+    async with Network() as network:
+        call = network.ask(body=[b"{", b"}"])
+        call.parts_max = 1
+        await turns()
+        [call_id] = network.gateway.history._running
+        assert (await story(network, call_id))["model"] is None
+        await call.leave()
+        told = await story(network, call_id)
+        assert (told["status"], told["http_status"], told["attempts"]) == ("caller_left", None, [])
+
+
+async def test_a_call_that_broke_the_gateway_is_told_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with Network() as network:
+        await network.add("node-a", FakeServed())
+
+        async def breaks(*_: object) -> None:
+            raise ZeroDivisionError
+
+        monkeypatch.setattr(network.gateway.calls, "run", breaks)
+        call = await network.ask().done()
+        told = await story(network, call.headers["fallow-call"])
+        assert (call.status, told["status"], told["code"]) == (500, "failed", "internal_error")
+        assert network.gateway.history._running == {}
+
+
+async def test_a_call_that_is_torn_down_is_not_running_for_ever() -> None:
+    async with Network() as network:
+        node = await network.play("node-h")
+        call = network.ask()
+        request = await node.request()
+        call.task.cancel()
+        await asyncio.wait([call.task])
+        assert (await story(network, request.call_id))["status"] == "caller_left"
+
+
+# to whom
+async def test_only_the_own_organisation_is_told() -> None:
+    async with Network() as network:
+        history = network.gateway.history
+        for org, call_id in ((ORG, "call_ours"), (OrgId("elsewhere"), "call_theirs"), (OrgId("elsewhere"), "call_running")):
+            history.begin(CallId(call_id), org, CHAT, began_ns=0)
+            if call_id != "call_running":
+                history.end(CallId(call_id), http_status=200, left=False, usage=None)
+        assert (await network.get("/v1/calls/call_ours")).status == 200
+        unknown = await network.get("/v1/calls/call_nobody")
+        assert (unknown.status, unknown.code) == (404, "call_not_found")
+        for call_id in ("call_theirs", "call_running"):
+            theirs = await network.get(f"/v1/calls/{call_id}")
+            assert (theirs.status, theirs.body) == (unknown.status, unknown.body)
+        assert (await network.get("/v1/calls/call_ours", key="wrong")).status == 401
+        history.end(CallId("call_running"), http_status=0, left=True, usage=None)
+
+
+async def test_a_call_without_a_known_key_leaves_no_story() -> None:
+    async with Network() as network:
+        await network.ask(key="wrong").done()
+        assert (network.gateway.history._running, network.gateway.history._ended) == ({}, {})
+
+
+async def test_other_pages_are_no_calls() -> None:
+    async with Network() as network:
+        for path in ("/v1/models", "/v1/nothing", CHAT):
+            await network.get(path)
+        assert (network.gateway.history._running, network.gateway.history._ended) == ({}, {})
+
+
+# for how long
+def ended(history: History, number: int) -> CallId:
+    call_id = CallId(f"call_{number:024x}")
+    told = history.begin(call_id, ORG, CHAT, began_ns=0)
+    told.names(MODEL)
+    told.trying(NodeId("node-0123456789abcdef"), HARDWARE)
+    told.tried(None)
+    history.end(call_id, http_status=200, left=False, usage=Usage(prompt_tokens=5_000, cached_tokens=3_000, output_tokens=900))
+    return call_id
+
+
+def test_an_hour_and_no_longer() -> None:
+    clock = FakeClock()
+    history = History(clock)
+    first = ended(history, 1)
+    clock.advance(KEPT_MS // 2)
+    second = ended(history, 2)
+    clock.advance(KEPT_MS // 2)
+    assert history.view(first, ORG) is not None
+    clock.advance(1)
+    assert history.view(first, ORG) is None, "even before the sweep comes by"
+    history.forget_old()
+    assert list(history._ended) == list(history._order) == [second]
+    clock.advance(KEPT_MS)
+    history.forget_old()
+    history.forget_old()
+    assert (history._ended, list(history._order)) == ({}, [])
+
+
+def test_a_call_that_runs_is_not_forgotten() -> None:
+    clock = FakeClock()
+    history = History(clock)
+    history.begin(CallId("call_long"), ORG, CHAT, began_ns=0)
+    clock.advance(10 * KEPT_MS)
+    history.forget_old()
+    view = history.view("call_long", ORG)
+    assert view is not None
+    assert view.status == "running"
+
+
+def test_the_oldest_make_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(history_module, "ENDED_MAX", 3)
+    history = History(FakeClock())
+    ids = [ended(history, number) for number in range(10)]
+    assert [call_id for call_id in ids if history.view(call_id, ORG) is not None] == ids[-3:]
+    assert len(history._ended) == len(history._order) == 3
+
+
+def test_a_story_is_small() -> None:
+    """The bound on the gateway's memory: so many stories, each of so many bytes."""
+    history = History(FakeClock())
+    call_id = ended(history, 1)
+    assert ENDED_MAX == 8_192
+    assert len(history._ended[call_id]) + len(call_id) <= 250, "what Python needs around them comes on top"
+
+
+async def test_the_gateways_own_sweep_forgets(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with Network() as network:
+        await network.add("node-a", FakeServed())
+        await network.works()
+        assert len(network.gateway.history._ended) == 1
+        monkeypatch.setattr(history_module, "KEPT_MS", -1)
+        await until(lambda: network.gateway.history._ended == {}, what="the sweep")
+
+
+def test_a_story_survives_its_packing() -> None:
+    history = History(FakeClock())
+    call_id = CallId("call_1")
+    told = history.begin(call_id, ORG, CHAT, began_ns=0)
+    told.names("modèle")
+    told.trying(NodeId("node-a"), "")
+    told.tried("busy")
+    told.trying(NodeId("node-b"), "cpu")
+    told.first_byte()
+    running = history.view(call_id, ORG)
+    history.end(call_id, http_status=0, left=True, usage=None)
+    view = history.view(call_id, ORG)
+    assert running is not None
+    assert view is not None
+    assert view == replace(running, status="caller_left", total_ms=view.total_ms)
+    assert json.loads(msgspec.json.encode(view))["attempts"][1] == {"node": "node-b", "hardware": "cpu", "code": None, "ms": None}
