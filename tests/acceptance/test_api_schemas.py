@@ -177,7 +177,7 @@ def test_embeddings(service: Service, inputs: Any) -> None:
 def test_meaning_is_near_meaning(service: Service) -> None:
     body = {"model": EMBEDDER, "query": "a small pet that purrs", "documents": ["interest rates rose", "a kitten", {"text": "a lorry"}]}
     ranked = service.post(body, "/rerank").json()
-    assert [one["index"] for one in ranked["results"]][0] == 1
+    assert ranked["results"][0]["index"] == 1
     assert [one["relevance_score"] for one in ranked["results"]] == sorted(
         (one["relevance_score"] for one in ranked["results"]), reverse=True
     )

@@ -513,7 +513,6 @@ async def test_nothing_is_asked_before_anybody_reads() -> None:
 
 
 # fields that meet
-@pytest.mark.xfail(strict=True, reason="with tools to choose from, the text is not held against its schema")
 async def test_text_beside_tools_fits_its_schema_too() -> None:
     engine = ScriptedEngine(says("not JSON"), *[says('{"a": true}')] * TRIES_MAX)
     events = await run(writing(engine, stream=False, tools=TOOLS, schema=SCHEMA))
@@ -521,7 +520,6 @@ async def test_text_beside_tools_fits_its_schema_too() -> None:
     assert msgspec.json.decode(text) == {"a": True}
 
 
-@pytest.mark.xfail(strict=True, reason="a streamed answer that must tell its stop loses its schema")
 async def test_a_schema_holds_beside_stops_that_must_be_told() -> None:
     engine = ScriptedEngine(says('{"a": true}'))
     await run(writing(engine, tells_stop=True, schema=SCHEMA, sampling=Sampling(stop=("x",))))

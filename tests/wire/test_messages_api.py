@@ -247,7 +247,7 @@ def test_params_name_the_requests_fields() -> None:
     parts = set(Generation.__struct_fields__) | set(Sampling.__struct_fields__) | {"messages"}
     assert set(PARAMS) <= parts
     properties = {"max_tokens", "messages", "tools", "tool_choice", "thinking", "output_config", "stop_sequences"}
-    assert {name.split(".")[0] for name in PARAMS.values()} == properties | {"temperature", "top_p", "top_k"}
+    assert {name.split(".")[0].removesuffix("[{index}]") for name in PARAMS.values()} == properties | {"temperature", "top_p", "top_k"}
     assert ask().generation.params == PARAMS
 
 

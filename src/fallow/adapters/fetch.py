@@ -15,8 +15,9 @@ from fallow.adapters import fetch_hub, fetch_index
 from fallow.adapters.address import host_of, is_private
 from fallow.adapters.fetch_http import Address, Wanted, complete
 from fallow.adapters.fetch_job import Brought, Job, Progress
+from fallow.adapters.memory import AGAIN, Learnt
 from fallow.adapters.model_file import inspect
-from fallow.adapters.store import AGAIN, Learnt, Origin, Store, beside, disk_full, drop, hash_file, link_or_copy, locked, size_of
+from fallow.adapters.store import Origin, Store, beside, disk_full, drop, hash_file, link_or_copy, locked, size_of
 from fallow.model.errors import BadChecksum, BadModelFile, DiskFull, FetchFailed, LicenceNotAccepted
 from fallow.model.weights import HttpsSource, HubSource, IndexSource, LocalSource, Role, Source, Weights, WeightsFile
 from fallow.wire.gguf_header import GgufHeader
@@ -256,7 +257,7 @@ def _local(job: Job, source: LocalSource) -> Brought:
     """A link to the user's own file, or a copy where the disk can't link."""
     path = Path(source.path)
     if not path.is_file():
-        raise FetchFailed(f"there is no file {path}; put it back, or `fallow models rm {job.model} --entry`")
+        raise FetchFailed(f"there is no file {path}; put it back, or remove the model with `fallow models rm {job.model}`")
     size = size_of(path)
     same_disk = path.stat().st_dev == job.base.parent.stat().st_dev
     job.room(0 if same_disk else size, size)

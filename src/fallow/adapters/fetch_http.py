@@ -9,7 +9,8 @@ import msgspec
 import requests
 
 from fallow.adapters.address import is_private
-from fallow.adapters.store import AGAIN, beside, drop, size_of
+from fallow.adapters.memory import AGAIN
+from fallow.adapters.store import beside, drop, size_of
 from fallow.model.errors import BadChecksum, FetchFailed, NoNetwork
 
 CONNECT_TIMEOUT_S = 10.0

@@ -6,7 +6,7 @@ import requests
 
 from fallow.adapters import load
 from fallow.adapters.fetch_http import CONNECT_TIMEOUT_S, READ_TIMEOUT_S, Address
-from fallow.adapters.store import AGAIN
+from fallow.adapters.memory import AGAIN
 from fallow.model.errors import FetchFailed
 from fallow.model.weights import HubSource
 

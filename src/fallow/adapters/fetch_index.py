@@ -14,7 +14,8 @@ from pypi_simple import PYPI_SIMPLE_ENDPOINT, DistributionPackage, NoSuchProject
 
 from fallow.adapters.fetch_http import CONNECT_TIMEOUT_S, READ_TIMEOUT_S, Address, Wanted, complete, unusable
 from fallow.adapters.fetch_job import Brought, Job
-from fallow.adapters.store import AGAIN, DISK_CHUNK_BYTES, beside, drop, hash_file, locked, size_of
+from fallow.adapters.memory import AGAIN
+from fallow.adapters.store import DISK_CHUNK_BYTES, beside, drop, hash_file, locked, size_of
 from fallow.model.errors import BadChecksum, FetchFailed
 from fallow.model.weights import IndexSource, WheelMember
 

@@ -25,9 +25,14 @@ SOCKET_PATH_MAX = 100
 
 
 class LlamaProcess:
-    """How to start an engine for these weights, as often as needed. The socket is `folder/NAME.sock`; `pooling` is for models that embed."""
+    """How to start an engine for these weights, as often as needed; `pooling` is for models that embed.
 
-    def __init__(self, *, weights: Path, weights_sha256: str, model: str, size: EngineSize, folder: Path, name: str, pooling: str = "") -> None:
+    The socket is `folder/NAME.sock`.
+    """
+
+    def __init__(
+        self, *, weights: Path, weights_sha256: str, model: str, size: EngineSize, folder: Path, name: str, pooling: str = ""
+    ) -> None:
         if importlib.util.find_spec("xllamacpp") is None:
             raise MissingExtra("the llama engine is not installed; run `pip install 'fallow[llama]'`")
         self.socket = folder / f"{name}.sock"

@@ -1,4 +1,4 @@
-"""The models folder: files under their checksums, what is remembered of them, and how much room they may take."""
+"""The models folder: files under their checksums, and how much room they may take."""
 
 import contextlib
 import fcntl
@@ -9,22 +9,19 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal
 
 import msgspec
 
-from fallow.adapters.files import write_private
-from fallow.model.errors import DiskFull, FetchFailed, StartFailed
+from fallow.adapters.memory import AGAIN, Memory, key_of, without
+from fallow.model.errors import DiskFull, FetchFailed
 from fallow.model.weights import IndexSource, Weights, WeightsFile, WheelMember
 
-RECORDS_FILE = "records.json"
 LOCK_WAIT_S = 3600.0  # another process may be fetching over a slow line
 LOCK_POLL_S = 0.1
 DISK_CHUNK_BYTES = 1 << 20
 SUGGESTIONS_MAX = 3
-Value = TypeVar("Value")
 Origin = Literal["pinned", "learnt"]
-AGAIN = "run `fallow models pull` again"
 
 
 class Known(msgspec.Struct, frozen=True, kw_only=True):
@@ -35,42 +32,18 @@ class Known(msgspec.Struct, frozen=True, kw_only=True):
     origin: Origin
 
 
-class Learnt(msgspec.Struct, frozen=True, kw_only=True):
-    """What the first pull of a file brought."""
-
-    sha256: str
-    size_bytes: int
-
-
-class Use(msgspec.Struct, frozen=True, kw_only=True):
-    """When a model was last asked for, and under which names its files lie."""
-
-    at_ms: int
-    files: tuple[str, ...]
-
-
-class Records(msgspec.Struct, frozen=True, kw_only=True):
-    """What is remembered between pulls."""
-
-    learnt: dict[str, Learnt] = {}
-    accepted: dict[str, str] = {}
-    """The licence that was accepted, by model."""
-    used: dict[str, Use] = {}
-
-
-class Store:
+class Store(Memory):
     """A folder of model files. Several processes may work on it at once."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        super().__init__(folder)
         self.partial = folder / "partial"
 
-    # files
     def known(self, model: str, file: WeightsFile) -> Known | None:
         """The checksum that this file must have, if it is known by now."""
         if file.sha256 is not None:
             return Known(sha256=file.sha256, size_bytes=file.size_bytes, origin="pinned")
-        learnt = self.records().learnt.get(_key(model, file))
+        learnt = self.records().learnt.get(key_of(model, file))
         return None if learnt is None else Known(sha256=learnt.sha256, size_bytes=learnt.size_bytes, origin="learnt")
 
     def named(self, sha256: str, filename: str) -> Path:
@@ -125,54 +98,8 @@ class Store:
             path = self.path(weights.name, file)
             if path is not None and path not in keep:
                 path.unlink(missing_ok=True)
-        self.change(lambda records: msgspec.structs.replace(records, used=_without(records.used, weights.name)))
+        self.change(lambda records: msgspec.structs.replace(records, used=without(records.used, weights.name)))
         return before - self.used_bytes()
-
-    # what is remembered
-    def records(self) -> Records:
-        """What is remembered; raises FetchFailed where it can't be read, as forgetting a checksum isn't safe."""
-        path = self.folder / RECORDS_FILE
-        try:
-            return msgspec.json.decode(path.read_bytes(), type=Records)
-        except FileNotFoundError:
-            return Records()
-        except (OSError, msgspec.DecodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "it isn't what Fallow wrote"
-            raise FetchFailed(f"can't read {path}: {reason}; delete it, and the learnt checksums with it, and {AGAIN}") from None
-
-    def change(self, edit: Callable[[Records], Records]) -> None:
-        """Remember something else; nobody else can write in between."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / f".{RECORDS_FILE}.lock").open("ab") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            records = self.records()
-            edited = edit(records)
-            if edited != records:
-                write_private(self.folder / RECORDS_FILE, msgspec.json.format(msgspec.json.encode(edited), indent=1).decode())
-
-    def learn(self, model: str, file: WeightsFile, learnt: Learnt) -> None:
-        """Remember the checksum of what came."""
-        self.change(lambda records: msgspec.structs.replace(records, learnt={**records.learnt, _key(model, file): learnt}))
-
-    def forget(self, weights: Weights) -> None:
-        """Let the next pull learn the checksums anew."""
-        keys = [_key(weights.name, file) for file in weights.files]
-        self.change(lambda records: msgspec.structs.replace(records, learnt=_without(records.learnt, *keys)))
-
-    def accept(self, weights: Weights) -> None:
-        """Remember that this model's licence was accepted."""
-        said = _licence(weights)
-        self.change(lambda records: msgspec.structs.replace(records, accepted={**records.accepted, weights.name: said}))
-
-    def accepted(self, weights: Weights) -> bool:
-        """Whether the model may be fetched under its licence as it is today."""
-        return not weights.licence.must_accept or self.records().accepted.get(weights.name) == _licence(weights)
-
-    def note_use(self, model: str, files: tuple[str, ...]) -> None:
-        """Remember that a model was asked for now."""
-        use = Use(at_ms=time.time_ns() // 10**6, files=files)
-        with contextlib.suppress(OSError, StartFailed):  # in a folder of somebody else's, that is only read, nothing is remembered
-            self.change(lambda records: msgspec.structs.replace(records, used={**records.used, model: use}))
 
 
 class Room(msgspec.Struct, frozen=True, kw_only=True):
@@ -279,18 +206,6 @@ def locked(base: Path, what: str, waiting: Callable[[], None]) -> Iterator[None]
             waiting()
             time.sleep(LOCK_POLL_S)
         yield  # closing the file gives the lock back
-
-
-def _key(model: str, file: WeightsFile) -> str:
-    return f"{model}/{file.filename}"
-
-
-def _licence(weights: Weights) -> str:
-    return f"{weights.licence.name} {weights.licence.link}".strip()
-
-
-def _without(values: dict[str, Value], *keys: str) -> dict[str, Value]:
-    return {key: value for key, value in values.items() if key not in keys}
 
 
 def _gb(size_bytes: int) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 from fallow.apps.run import complain, run
 from fallow.apps.settings import Settings, load, secret_from_environment
-from fallow.cli.pull import Bar
+from fallow.cli.bar import Bar
 from fallow.model.errors import BadFlag, FallowError
 from fallow.model.weights import Weights
 

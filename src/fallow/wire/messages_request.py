@@ -12,10 +12,10 @@ from fallow.wire.generation import Generation, Sampling, Tool, ToolCall, ToolCho
 from fallow.wire.openai import TOKENS_MAX
 
 NESTING_MAX = 100
-"""How deep a schema or a call's input may go: what comes after reads them by recursion."""
-_SAME = ("messages", "max_tokens", "temperature", "top_p", "top_k", "tools", "tool_choice")
+"""How deep a schema or a call's input may go."""
+_SAME = ("messages", "max_tokens", "temperature", "top_p", "top_k", "tool_choice")
 PARAMS = {name: name for name in _SAME} | {
-    "stop": "stop_sequences",
+    **{"tools": "tools[{index}].input_schema", "stop": "stop_sequences"},
     "tool_name": "tool_choice.name",
     "parallel_calls": "tool_choice.disable_parallel_tool_use",
     "schema": "output_config.format.schema",

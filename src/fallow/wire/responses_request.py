@@ -20,7 +20,8 @@ ENCRYPTED = "reasoning.encrypted_content"
 PARAMS = {
     "messages": "input",
     "max_tokens": "max_output_tokens",
-    **{name: name for name in ("temperature", "top_p", "top_logprobs", "tools", "tool_choice")},
+    **{name: name for name in ("temperature", "top_p", "top_logprobs", "tool_choice")},
+    "tools": "tools[{index}].parameters",
     "parallel_calls": "parallel_tool_calls",
     "schema": "text.format.schema",
     "think": "reasoning.effort",

@@ -59,8 +59,8 @@ class EngineServed(Lane, abc.ABC):
         return Resident(
             model=self.model,
             needs_bytes=self.facts.memory_bytes,
-            is_present=self.supervisor.is_present,
-            is_leaving=self.supervisor.is_leaving,
+            is_present=self.supervisor.phase != "cold",
+            is_leaving=self.supervisor.phase == "leaving",
             calls=self.calls,
             used_at_ms=self._used_at_ms,
         )
@@ -87,20 +87,20 @@ class EngineServed(Lane, abc.ABC):
     async def ready(self, within_s: float | None = None) -> Failure | None:
         """None once the engine answers; else how far it is."""
         self._used_at_ms = self.clock.now_ms()
-        if self.supervisor.is_ready:
+        if self.supervisor.phase == "ready":
             return None
         wait_s = self._load_wait_s if within_s is None else within_s
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(wait_s):
                 await self._room.admit(self.model)
                 await self.supervisor.ready(wait_s)
-        return None if self.supervisor.is_ready else self._not_ready()
+        return None if self.supervisor.phase == "ready" else self._not_ready()
 
     def _not_ready(self) -> Failure:
         if self.supervisor.is_hopeless():
             return Failure(code="engine_failed", message="the engine ends each time it loads the model")
         wait_ms = self.supervisor.ready_in_ms()
-        holders = () if self.supervisor.is_present else self._room.holders(self.model)
+        holders = () if self.supervisor.phase != "cold" else self._room.holders(self.model)
         text = f"the model is being loaded; ready in about {max(1, round(wait_ms / 1000))} s"
         if holders:
             text = f"the model waits for memory that {', '.join(holders)} uses until its calls are over"

@@ -71,21 +71,13 @@ class Supervisor:
         self._step(watch.Unwanted())
 
     @property
-    def is_present(self) -> bool:
-        """Whether the engine holds memory, or will at any moment."""
-        return self._watch.phase != "cold"
-
-    @property
-    def is_leaving(self) -> bool:
-        return self._watch.phase == "leaving"
+    def phase(self) -> watch.Phase:
+        """Where the engine is in its life; unless "cold", it holds memory, or will at any moment."""
+        return self._watch.phase
 
     def moved(self) -> None:
         """A call in the engine made progress."""
         self._moved_at_ms = self._clock.now_ms()
-
-    @property
-    def is_ready(self) -> bool:
-        return self._ready.is_set()
 
     async def ready(self, within_s: float) -> bool:
         """Wait for the engine."""
@@ -100,7 +92,7 @@ class Supervisor:
     def readiness(self) -> Readiness:
         if watch.is_failed(self._watch):
             return "failed"
-        phase = self._watch.phase
+        phase = self.phase
         return "ready" if phase == "ready" else "cold" if phase in ("cold", "leaving") else "loading"
 
     def is_hopeless(self) -> bool:

@@ -125,7 +125,7 @@ class Writing:
                 for event in events:
                     if isinstance(event, Text):
                         visible = watch.feed(event.text)
-                        shown += 1
+                        shown += bool(visible)
                         out += [Text(choice, visible, event.tokens)] if visible else []
                     elif not watch.found:
                         rest = watch.rest() if isinstance(event, Ended) else ""
