@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo lint test bench bench-peers lock clean
+.PHONY: setup demo lint test fuzz bench bench-peers lock clean
 
 setup: $(STAMP)
 
@@ -24,8 +24,13 @@ lint: setup
 	$(BIN)/mypy
 
 test: setup
-	@$(BIN)/fallow models pull
+	@$(BIN)/fallow models pull smollm2-135m-instruct all-minilm-l6-v2
 	$(BIN)/pytest
+
+# 5,000 generated bodies per endpoint against a real model; half an hour or more.
+fuzz: setup
+	@$(BIN)/fallow models pull smollm2-135m-instruct all-minilm-l6-v2
+	FUZZ_EXAMPLES=5000 $(BIN)/pytest tests/acceptance/test_fuzz.py
 
 bench: setup
 	@$(BIN)/fallow models pull

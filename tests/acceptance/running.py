@@ -198,10 +198,10 @@ class Apart:
                 continue
         return ""
 
-    def lend(self, name: str, *arguments: str, load_wait_s: float = 10, stall_s: float = 30) -> Running:
+    def lend(self, name: str, *arguments: str, load_wait_s: float = 10, stall_s: float = 30, more: str = "") -> Running:
         data = self.folder / name
         data.mkdir()
-        (data / "settings.toml").write_text(SETTINGS.format(load_wait_s=load_wait_s, stall_s=stall_s))
+        (data / "settings.toml").write_text(SETTINGS.format(load_wait_s=load_wait_s, stall_s=stall_s) + more)
         flags = ["--hub", self.hub_address, "--secret-file", str(self.folder / "hub" / "secret"), *arguments]
         self.parts[name] = Running(data, "lend", *flags)
         return self.parts[name]

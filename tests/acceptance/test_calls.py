@@ -8,7 +8,7 @@ from typing import Any
 import openai
 import psutil
 import pytest
-from running import MODEL, Service, cpu_s, until
+from running import EMBEDDER, MODEL, Service, cpu_s, until
 
 HI: Any = [{"role": "user", "content": "Say hello."}]
 ENDLESS = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13,"
@@ -101,7 +101,7 @@ def test_many_calls_at_once(client: openai.OpenAI) -> None:
 
 
 def test_the_models_are_listed(client: openai.OpenAI) -> None:
-    assert [model.id for model in client.models.list()] == [MODEL]
+    assert [model.id for model in client.models.list()] == [EMBEDDER, MODEL]
     assert client.models.retrieve(MODEL).id == MODEL
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("nobody")

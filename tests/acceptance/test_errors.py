@@ -51,7 +51,7 @@ BAD: list[tuple[str, Any, str | None]] = [
     ("an unknown role", HI | {"messages": [{"role": "king", "content": "x"}]}, "messages[0].role"),
     ("no role", HI | {"messages": [{"content": "x"}]}, "messages[0].role"),
     ("null content", HI | {"messages": [{"role": "user", "content": None}]}, "messages[0].content"),
-    ("an image", HI | {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0].type"),
+    ("an image", HI | {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0]"),
     ("max_tokens zero", HI | {"max_tokens": 0}, "max_tokens"),
     ("max_tokens negative", HI | {"max_tokens": -1}, "max_tokens"),
     ("max_tokens a fraction", HI | {"max_tokens": 1.5}, "max_tokens"),

@@ -17,7 +17,8 @@ from sites import MEMBER, PAYLOAD, PIN, WEIGHTS, WHEEL, Asked, Site, make_gguf, 
 
 from fallow.adapters import fetch as module
 from fallow.adapters import fetch_http, fetch_index, store
-from fallow.adapters.fetch import Options, Progress, fetch, pull
+from fallow.adapters.fetch import Options, fetch, pull
+from fallow.adapters.fetch_job import Progress
 from fallow.model.errors import BadChecksum, BadModelFile, DiskFull, FallowError, FetchFailed, NoNetwork
 from fallow.model.weights import IndexSource, Weights, WeightsFile, WheelMember
 

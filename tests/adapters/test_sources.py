@@ -132,9 +132,14 @@ def test_an_end_that_could_not_be_told(site: Site, tmp_path: Path) -> None:
     site.cuts = [len(PAYLOAD) - 1]
     with pytest.raises(FetchFailed, match="doesn't say how long"):
         get(site, tmp_path, weights_from(https(site)))
+    weights = weights_from(https(site), pinned=True)
     site.cuts = [len(PAYLOAD) - 1]
-    with pytest.raises(BadChecksum):
-        get(site, tmp_path, weights_from(https(site), pinned=True))
+    with pytest.raises(NoNetwork, match="are kept"):
+        get(site, tmp_path / "size known", weights)
+    site.cuts = [len(PAYLOAD) - 1]
+    unsized = msgspec.structs.replace(weights, files=(msgspec.structs.replace(weights.files[0], size_bytes=None),))
+    with pytest.raises(BadChecksum, match="isn't what Fallow pins"):
+        get(site, tmp_path, unsized)
     assert names(tmp_path) == set()
 
 
@@ -216,7 +221,7 @@ def test_learnt_then_changed(site: Site, tmp_path: Path) -> None:
     first = get(site, tmp_path, weights).model
     first.path.unlink()
     site.files[PATH], site.etag = CHANGED, '"two"'
-    with pytest.raises(BadChecksum, match=r"at the first pull, whose checksum was learnt \([0-9a-f]{16}…\).*rm tiny --forget"):
+    with pytest.raises(BadChecksum, match=r"at the first pull, whose checksum was learnt \([0-9a-f]{16}…\).*rm tiny --keep-entry --forget"):
         get(site, tmp_path, weights)
     assert names(tmp_path) == set()
     Store(tmp_path).forget(weights)

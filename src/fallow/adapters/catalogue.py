@@ -195,7 +195,7 @@ def _checked(user: tuple[Weights, ...], path: Path, text: str, package: tuple[We
     names = {one.name for one in package} - own
     for one in user:
         if one.default:
-            raise BadSetting(f"{path}: model {one.name!r}: default: only Fallow's own has it; set [node] model in settings.toml instead")
+            raise BadSetting(f"{path}: model {one.name!r}: default: only Fallow's own has it; set [node] models in settings.toml instead")
         for alias in one.aliases:
             if alias in names:
                 raise BadSetting(f"{path}: model {one.name!r}: aliases: {alias!r} is the name of a model of Fallow's; choose another word")

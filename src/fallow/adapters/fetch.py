@@ -303,7 +303,7 @@ def _mismatch(job: Job) -> str:
         return f"{what} isn't what Fallow pins; it was deleted; {AGAIN}"
     return (
         f"{what} isn't what came at the first pull, whose checksum was learnt ({job.known.sha256[:16]}…); it was deleted; if you trust the "
-        f"change, run `fallow models rm {job.model} --forget`, then {AGAIN}"
+        f"change, run `fallow models rm {job.model} --keep-entry --forget`, then {AGAIN}"
     )
 
 

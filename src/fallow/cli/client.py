@@ -13,6 +13,7 @@ from fallow.apps.settings import ADDRESS_FILE, KEY_FILE, caller, default_data
 from fallow.model.errors import BadSetting, FallowError, StartFailed
 from fallow.model.views import GatewayStatus, NodeList, NodeView
 from fallow.wire import sse
+from fallow.wire.openai import CHAT
 
 CONNECT_S = 3
 ANSWER_S = 600
@@ -38,6 +39,7 @@ class Gateway(msgspec.Struct, frozen=True, kw_only=True):
 
 class OfferedModel(msgspec.Struct, frozen=True):
     id: str
+    endpoints: tuple[str, ...] = (CHAT,)
 
 
 class Offered(msgspec.Struct, frozen=True):
@@ -111,14 +113,14 @@ def chat(data: Path | None, base_url: str, text: str, *, model: str, max_tokens:
         if not said.strip() or len(said) > TEXT_BYTES_MAX:
             raise BadSetting("say something, as an argument or on standard input" if not said.strip() else "that is too long: 1 MB at most")
         if not model:
-            offered = _read(_ask(gateway, "/v1/models"), Offered).data
+            offered = [one.id for one in _read(_ask(gateway, "/v1/models"), Offered).data if CHAT in one.endpoints]
             if not offered:
-                raise StartFailed("no model is offered now; lend one with `fallow lend`")
-            model = offered[0].id
+                raise StartFailed("no model that chats is offered now; lend one with `fallow lend`")
+            model = offered[0]
         body: dict[str, Any] = {"model": model, "stream": True, "messages": [{"role": "user", "content": said}]}
         if max_tokens is not None:
             body["max_tokens"] = max_tokens
-        _print_stream(_ask(gateway, "/v1/chat/completions", body, within_s=ANSWER_S))
+        _print_stream(_ask(gateway, CHAT, body, within_s=ANSWER_S))
     except FallowError as error:
         complain(error)
         return 2 if isinstance(error, BadSetting) else 1

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fallow.apps.run import complain
 from fallow.apps.settings import Settings, load
 from fallow.cli.bar import Bar
-from fallow.model.errors import FallowError
+from fallow.model.errors import BadFlag, FallowError
 
 if TYPE_CHECKING:
     from fallow.adapters.catalogue import Catalogue
     from fallow.adapters.fetch import Options, Pulled
     from fallow.adapters.store import Store
     from fallow.model.weights import Weights
+
+WIDE_COLUMNS = 200
+"""Of a table that no terminal shows: nothing in it is cut short."""
 
 
 def list_models(data: Path | None, *, as_json: bool, here: bool) -> int:
@@ -32,12 +36,13 @@ def list_models(data: Path | None, *, as_json: bool, here: bool) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(
-        "model", "kind", "parameters", "quantisation", "MB", "context", "licence", "checksum", "here", box=None, header_style="bold"
-    )
+    names = max((len(row["name"]) for row in rows), default=0)
+    table = Table(box=None, header_style="bold")
+    for heading in ("model", "kind", "parameters", "quantisation", "MB", "context", "licence", "checksum", "here"):
+        table.add_column(heading, no_wrap=True, min_width=names if heading == "model" else None)  # a name cut short is of no use
     for row in rows:
         table.add_row(*_cells(row))
-    console = Console()
+    console = Console() if sys.stdout.isatty() else Console(width=WIDE_COLUMNS)
     console.print(table)
     if any(row["licence"]["must_accept"] for row in rows):
         console.print("* the licence must be accepted: `fallow models pull NAME --accept-licence`", highlight=False)
@@ -121,7 +126,7 @@ def add(data: Path | None, source: str, name: str) -> int:
             entry = adding.add(catalogue, source, name, store.folder, progress=bar, options=_options(settings))
     except FallowError as error:
         complain(error)
-        return 1
+        return 2 if isinstance(error, BadFlag) else 1
     print(entry.name)
     return 0
 

@@ -72,7 +72,7 @@ async def _have_weights(settings: Settings, until: asyncio.Event) -> None:
 
 
 async def _have(weights: Weights, settings: Settings, until: asyncio.Event) -> None:
-    from fallow.adapters.fetch import fetch
+    from fallow.adapters.fetch import Options, fetch
 
     loop = asyncio.get_running_loop()
     done: asyncio.Future[None] = loop.create_future()
@@ -80,7 +80,7 @@ async def _have(weights: Weights, settings: Settings, until: asyncio.Event) -> N
     def work() -> None:
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
             try:
-                fetch(weights, settings.models_folder, progress=bar)
+                fetch(weights, settings.models_folder, progress=bar, options=Options(budget_bytes=settings.models.disk_bytes))
             except Exception as error:  # noqa: BLE001  (it is raised again where somebody waits for it)
                 loop.call_soon_threadsafe(done.set_exception, error)
             else:

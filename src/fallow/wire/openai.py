@@ -134,12 +134,13 @@ class ErrorEnvelope(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Model(msgspec.Struct, frozen=True, kw_only=True):
-    """A model in the list."""
+    """A model in the list. `endpoints` is ours: the paths that it answers."""
 
     id: str
     created: int
     owned_by: str
     object: Literal["model"] = "model"
+    endpoints: list[str] | msgspec.UnsetType = msgspec.UNSET
 
 
 class ModelList(msgspec.Struct, frozen=True, kw_only=True):

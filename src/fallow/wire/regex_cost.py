@@ -103,7 +103,8 @@ class _Choices:
             case "BRANCH":
                 return self._branch(arg[1], follow, looped)
             case "MAX_REPEAT" | "MIN_REPEAT":
-                return self._repeat(*arg, follow, looped)
+                least, most, body = arg
+                return self._repeat(least, most, body, follow, looped)
         return _characters(op, arg), False
 
     def _branch(self, branches: Any, follow: int, looped: int) -> tuple[int, bool]:

@@ -146,7 +146,7 @@ class Api:
         contexts = self._contexts()
         if http.incoming.header(b"anthropic-version"):
             return models_api.model_list(contexts)
-        return openai.ModelList(data=[openai.Model(id=name, created=0, owned_by="fallow") for name in sorted(contexts)])
+        return openai.ModelList(data=[self._listed(name) for name in sorted(contexts)])
 
     async def _model(self, http: HttpCaller, name: str) -> int:
         context_tokens = self._contexts().get(name)
@@ -154,7 +154,11 @@ class Api:
             return await http.fail(Failure(code="model_not_found", message=f"the model {name[:200]!r} is not offered here", param="model"))
         if http.incoming.header(b"anthropic-version"):
             return await http.reply(200, _json.encode(models_api.model_info(name, context_tokens)))
-        return await http.reply(200, _json.encode(openai.Model(id=name, created=0, owned_by="fallow")))
+        return await http.reply(200, _json.encode(self._listed(name)))
+
+    def _listed(self, name: str) -> openai.Model:
+        paths = {path for c in self._roster.candidates() if c.offer.model == name for path in c.offer.paths}
+        return openai.Model(id=name, created=0, owned_by="fallow", endpoints=sorted(paths))
 
     async def _story(self, http: HttpCaller, grant: Grant, call_id: str) -> int:
         view = self._history.view(call_id, grant.org_id)
