@@ -69,7 +69,7 @@ COMPLETIONS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("more", COMPLETIONS.values(), ids=COMPLETIONS)
 def test_a_completion(service: Service, more: dict[str, Any]) -> None:
-    body = {"model": MODEL, "prompt": "Once upon a time", "max_tokens": 6, "temperature": 0} | more
+    body: dict[str, Any] = {"model": MODEL, "prompt": "Once upon a time", "max_tokens": 6, "temperature": 0} | more
     whole = service.post(body, "/completions").json()
     check("openai", "CreateCompletionResponse", whole)
     prompts = len(body["prompt"]) if isinstance(body["prompt"], list) and not isinstance(body["prompt"][0], int) else 1

@@ -238,8 +238,8 @@ def test_the_anthropic_package_runs_tools(service: Service) -> None:
         check("anthropic", "Message", message.model_dump(mode="json"))
         use = message.content[-1]
         assert use.type == "tool_use"
-        assert set(use.input) == {"city"}  # type: ignore[arg-type]
-        result = get_weather.call(use.input)  # type: ignore[arg-type]
+        assert set(use.input) == {"city"}
+        result = get_weather.call(use.input)
         told = client.messages.create(
             model=MODEL,
             max_tokens=30,

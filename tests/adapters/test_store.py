@@ -68,7 +68,7 @@ def test_what_another_model_uses_stays(tmp_path: Path, store: Store) -> None:
         pull(weights, store.folder)
     assert store.remove(one, [same, other]) == 0
     assert store.is_here(same)
-    assert store.remove(same, [other]) == len(PAYLOAD)
+    assert store.remove(same, [one, other]) == len(PAYLOAD), "one is still listed, but uses it no more"
     assert not store.is_here(same)
     assert names(store) == {"other.gguf"}
     assert set(store.records().used) == {"other"}

@@ -329,7 +329,7 @@ def test_chat_writes_what_comes(page: tuple[str, type[Page]], answer: bytes, cod
 def test_chat_where_nothing_is_offered(page: tuple[str, type[Page]]) -> None:
     url, here = page
     here.answers = {"/v1/models": (200, b'{"data":[]}')}
-    assert "no model is offered" in complaint(run("chat", "hello", "--base-url", url))
+    assert "is offered now" in complaint(run("chat", "hello", "--base-url", url))
     assert "say something" in complaint(run("chat", " ", "--base-url", url), code=2)
 
 

@@ -35,6 +35,7 @@ class Catalogue:
         own = {weights.name for weights in user}
         self._user = {weights.name: weights for weights in user}
         self._all = {weights.name: weights for weights in (*user, *(one for one in package if one.name not in own))}
+        self._default = self._all[next(one.name for one in package if one.default)]  # it may be the user's own of that name
         words = {alias: one.name for one in package if one.name not in own for alias in one.aliases}
         words |= {alias: one.name for one in user for alias in one.aliases}
         self._words = words | {name: name for name in self._all}  # a name beats an alias: a new alias of ours can't hide a user's model
@@ -61,7 +62,7 @@ class Catalogue:
     @property
     def default(self) -> Weights:
         """The model of a machine that was told nothing else."""
-        return next(one for one in self._all.values() if one.default)
+        return self._default
 
     def is_users(self, weights: Weights) -> bool:
         """Whether it stands in the user's own file."""

@@ -88,7 +88,8 @@ class Store(Memory):
 
     def remove(self, weights: Weights, others: list[Weights]) -> int:
         """Delete a model's files, but for those that others use too; returns the bytes that came free."""
-        keep = {path for other in others for file in other.files if (path := self.path(other.name, file)) is not None}
+        used = [other for other in others if other.name in self.records().used]  # one that was never pulled, or removed, keeps nothing
+        keep = {path for other in used for file in other.files if (path := self.path(other.name, file)) is not None}
         before = self.used_bytes()
         for file in weights.files:
             working = self.working(weights.name, file)

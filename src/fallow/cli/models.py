@@ -44,7 +44,7 @@ def list_models(data: Path | None, *, as_json: bool, here: bool) -> int:
         table.add_row(*_cells(row))
     console = Console() if sys.stdout.isatty() else Console(width=WIDE_COLUMNS)
     console.print(table)
-    if any(row["licence"]["must_accept"] for row in rows):
+    if any(row["licence"]["must_accept"] and not row["accepted"] for row in rows):
         console.print("* the licence must be accepted: `fallow models pull NAME --accept-licence`", highlight=False)
     used = f"{store.used_bytes() / 1e9:.1f} GB" + (f" of {settings.models.disk_gb} GB" if settings.models.disk_gb else "")
     console.print(f"{used} taken in {store.folder}", highlight=False, soft_wrap=True)

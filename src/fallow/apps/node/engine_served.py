@@ -94,7 +94,7 @@ class EngineServed(Lane, abc.ABC):
             async with asyncio.timeout(wait_s):
                 await self._room.admit(self.model)
                 await self.supervisor.ready(wait_s)
-        return None if self.supervisor.phase == "ready" else self._not_ready()
+        return None if self.supervisor.readiness() == "ready" else self._not_ready()
 
     def _not_ready(self) -> Failure:
         if self.supervisor.is_hopeless():

@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 from fallow.adapters import machine
 from fallow.adapters.catalogue import load_catalogue
 from fallow.adapters.clock import SystemClock
-from fallow.adapters.fetch import fetch
+from fallow.adapters.fetch import Options, fetch
 from fallow.adapters.files import make_folder, only_one, read_or_make
 from fallow.adapters.http_engine import HttpEngine
 from fallow.adapters.llama_process import SOCKET_PATH_MAX
@@ -89,7 +89,7 @@ async def _packaged(settings: Settings, folder: Path, clock: Clock) -> list[Serv
     served: list[Served] = []
     for name in dict.fromkeys(catalogue.find(name).name for name in settings.node.models):
         weights = catalogue.find(name)
-        await asyncio.to_thread(fetch, weights, settings.models_folder)
+        await asyncio.to_thread(fetch, weights, settings.models_folder, options=Options(budget_bytes=settings.models.disk_bytes))
         served.append(loader.load(weights))
     return served
 
