@@ -277,7 +277,7 @@ def _spot(draw: DrawFn, holder: Json) -> Spot:
 
 def _replace(draw: DrawFn, holder: Json, names: tuple[str, ...]) -> None:
     box, key = _spot(draw, holder)
-    box[key] = draw(VALUES)
+    box[key] = copy.deepcopy(draw(VALUES))
 
 
 def _delete(draw: DrawFn, holder: Json, names: tuple[str, ...]) -> None:
@@ -291,7 +291,7 @@ def _double(draw: DrawFn, holder: Json, names: tuple[str, ...]) -> None:
     if isinstance(box, list):
         box[key:key] = [copy.deepcopy(box[key]) for _ in range(draw(st.sampled_from([1, 2, 20])))]
     else:
-        box[key] = [box.get(key)] * 2
+        box[key] = [box.get(key), copy.deepcopy(box.get(key))]
 
 
 def _nest(draw: DrawFn, holder: Json, names: tuple[str, ...]) -> None:
@@ -317,19 +317,19 @@ def _swap(draw: DrawFn, holder: Json, names: tuple[str, ...]) -> None:
 def _add(draw: DrawFn, holder: Json, names: tuple[str, ...]) -> None:
     boxes = [holder, *(box[key] for box, key in _spots(holder))]
     box = draw(st.sampled_from([box for box in boxes if isinstance(box, dict)]))
-    box[draw(st.sampled_from(names) | st.text(max_size=8))] = draw(VALUES)
+    box[draw(st.sampled_from(names) | st.text(max_size=8))] = copy.deepcopy(draw(VALUES))
 
 
 def _reach(draw: DrawFn, holder: Json, names: tuple[str, ...]) -> None:
     box, key = _spot(draw, holder)
-    box[key] = draw(DEEP | BIG)
+    box[key] = copy.deepcopy(draw(DEEP | BIG))
 
 
 def _schema(draw: DrawFn, holder: Json, names: tuple[str, ...]) -> None:
     """A strange schema where one belongs, if one does."""
     spots = [(box, key) for box, key in _spots(holder) if key in ("parameters", "schema", "input_schema")]
     box, key = draw(st.sampled_from(spots)) if spots else _spot(draw, holder)
-    box[key] = draw(SCHEMAS)
+    box[key] = copy.deepcopy(draw(SCHEMAS))
 
 
 CHANGES: tuple[Mutation, ...] = (_replace, _delete, _double, _nest, _retype, _swap, _add, _reach, _schema)
