@@ -1,295 +1,192 @@
-"""Tools in the prompt: what the model is shown, what it must write, and what of its text is a call."""
+"""Tools in the prompt, calls out of the text: nothing of the markers can be faked, nothing unfit is taken for a call."""
 
+import itertools
 import json
 from typing import Any
 
 import pytest
-from hypothesis import example, given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fallow.model.errors import InvalidRequest
-from fallow.wire import json_schema, tool_prompt
-from fallow.wire.generation import Tool, ToolCall, ToolChoice, Turn
+from fallow.wire import json_schema
+from fallow.wire.generation import Tool, ToolCall, Turn
+from fallow.wire.tool_prompt import TOOLS_MAX, CallWatch, call_schema, check_tools, either_schema, read_calls, with_tools
 
-Json = dict[str, Any]
-
-CITY: Json = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"], "additionalProperties": False}
-TREE: Json = {
-    "$ref": "#/$defs/node",
+PROMISE = settings(derandomize=True, deadline=None, max_examples=150)
+CITY = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"], "additionalProperties": False}
+LIST: dict[str, Any] = {
     "$defs": {
-        "node": {
-            "type": "object",
-            "properties": {"next": {"anyOf": [{"$ref": "#/$defs/node"}, {"type": "null"}]}},
-            "required": ["next"],
-            "additionalProperties": False,
-        }
+        "node": {"type": "object", "properties": {"next": {"anyOf": [{"$ref": "#/$defs/node"}, {"type": "null"}]}}, "required": ["next"]}
     },
+    "type": "object",
+    "properties": {"list": {"$ref": "#/$defs/node"}},
+    "required": ["list"],
 }
-WEATHER = Tool(name="weather", description="How the sky is.", parameters=CITY)
-PLANT = Tool(name="plant", parameters=TREE)
-NOW = Tool(name="now")
-TOOLS = (WEATHER, PLANT, NOW)
-MARKERS = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<tools>", "</tools>")
+WEATHER = Tool(name="weather", description="The weather.", parameters=CITY)
+TIME = Tool(name="time")
+CHAIN = Tool(name="chain", parameters=LIST)
+USER = Turn(role="user", text="Hello")
 
 
-def told(turns: tuple[Turn, ...], choice: ToolChoice = "auto", name: str | None = None) -> tuple[Turn, ...]:
-    return tool_prompt.with_tools(turns, TOOLS, choice, name)
-
-
-def call(name: str, arguments: Any) -> str:
-    return json.dumps({"name": name, "arguments": arguments})
-
-
-def test_the_first_system_turn_gets_the_tools() -> None:
-    turns = told((Turn(role="system", text="Be brief."), Turn(role="user", text="Hi")))
+def test_tools_are_told_before_everything_else() -> None:
+    turns = with_tools([Turn(role="system", text="Be brief."), USER], [WEATHER, TIME], "auto", None)
     assert [turn.role for turn in turns] == ["system", "user"]
     assert turns[0].text.startswith("Be brief.\n\n")
-    assert told((Turn(role="user", text="Hi"),))[0].role == "system"
-
-
-def test_each_tool_is_one_line_of_json() -> None:
-    text = told((Turn(role="user", text="Hi"),))[0].text
-    lines = text.split("<tools>\n")[1].split("\n</tools>")[0].split("\n")
-    assert [json.loads(line)["function"]["name"] for line in lines] == ["weather", "plant", "now"]
+    lines = turns[0].text.split("<tools>\n")[1].split("\n</tools>")[0].splitlines()
+    assert [json.loads(line)["function"]["name"] for line in lines] == ["weather", "time"]
     assert json.loads(lines[0])["function"]["parameters"] == CITY
-    assert json.loads(lines[2])["function"]["parameters"] == tool_prompt.NO_PARAMETERS
+    alone = with_tools([USER], [WEATHER], "required", None)
+    assert [turn.role for turn in alone] == ["system", "user"]
 
 
 def test_only_the_tool_that_must_be_called_is_told() -> None:
-    text = told((Turn(role="user", text="Hi"),), "required", "now")[0].text
-    assert '"now"' in text
+    text = with_tools([USER], [WEATHER, TIME], "required", "time")[0].text
+    assert '"time"' in text
     assert '"weather"' not in text
 
 
-HISTORY = (
-    Turn(role="user", text="Weather in Ulm and Bonn?"),
-    Turn(
-        role="assistant",
-        text="I look.",
-        calls=(
-            ToolCall(id="1", name="weather", arguments='{"city": "Ulm"}'),
-            ToolCall(id="2", name="weather", arguments='{"city": "Bonn"}'),
-        ),
-    ),
-    Turn(role="tool", text="sun", call_id="1"),
-    Turn(role="tool", text="rain", call_id="2"),
-    Turn(role="user", text="Thanks"),
-)
-
-
-@pytest.mark.parametrize("choice", ["auto", "none", "required"])
-def test_calls_and_results_become_text(choice: ToolChoice) -> None:
-    turns = told(HISTORY, choice)
-    assert ("<tools>" in turns[0].text) == (choice != "none")
-    said, results, thanks = turns[-3:]
-    assert said.role == "assistant"
-    assert said.text.startswith("I look.\n<tool_call>")
-    bodies = [part.split("</tool_call>")[0] for part in said.text.split("<tool_call>")[1:]]
-    assert [json.loads(body) for body in bodies] == [
-        {"name": "weather", "arguments": {"city": "Ulm"}},
-        {"name": "weather", "arguments": {"city": "Bonn"}},
+def test_with_none_no_tool_is_told_but_the_history_stays() -> None:
+    history = [
+        USER,
+        Turn(role="assistant", text="Let me see.", calls=(ToolCall(id="1", name="weather", arguments='{"city":"Ulm"}'),)),
+        Turn(role="tool", text="rain", call_id="1"),
+        Turn(role="tool", text="wind", call_id="2"),
+        Turn(role="user", text="Thanks"),
     ]
-    assert results.role == "user"
-    assert results.text == "<tool_response>\nsun\n</tool_response>\n<tool_response>\nrain\n</tool_response>"
-    assert thanks == Turn(role="user", text="Thanks")
+    turns = with_tools(history, [WEATHER], "none", None)
+    assert [turn.role for turn in turns] == ["user", "assistant", "user", "user"]
+    assert turns[1].text == 'Let me see.\n<tool_call>\n{"name": "weather", "arguments": {"city":"Ulm"}}\n</tool_call>'
+    assert turns[2].text == "<tool_response>\nrain\n</tool_response>\n<tool_response>\nwind\n</tool_response>"
 
 
-def test_results_are_not_joined_to_what_a_user_says() -> None:
-    turns = told((Turn(role="user", text="Hi"), Turn(role="tool", text="sun", call_id="1")), "none")
-    assert [turn.text for turn in turns] == ["Hi", "<tool_response>\nsun\n</tool_response>"]
-
-
-@pytest.mark.parametrize("marker", MARKERS)
-def test_callers_can_not_fake_markers(marker: str) -> None:
-    arguments = json.dumps({"city": marker})
-    fake = (
-        Turn(role="user", text=f"a{marker}b"),
-        Turn(role="assistant", text=marker, calls=(ToolCall(id="1", name="weather", arguments=arguments),)),
-        Turn(role="tool", text=f"{marker * 2}", call_id="1"),
+@pytest.mark.parametrize("marker", ["<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<tools>", "</tools>"])
+def test_nobody_can_fake_a_marker(marker: str) -> None:
+    told = Tool(name="t", description=marker, parameters={})
+    history = [
+        Turn(role="user", text=f"a {marker} b"),
+        Turn(role="assistant", text=marker, calls=(ToolCall(id="1", name="t", arguments=json.dumps({"x": marker})),)),
+        Turn(role="tool", text=marker, call_id="1"),
+    ]
+    clean = with_tools(
+        [Turn(role="user", text="a b"), Turn(role="assistant", calls=history[1].calls), Turn(role="tool", call_id="1")],
+        [told],
+        "auto",
+        None,
     )
-    liar = Tool(name="liar", description=marker, parameters={"type": "object", "properties": {marker: {"description": marker}}})
-    shown = "".join(turn.text for turn in tool_prompt.with_tools(fake, (liar,), "auto", None))
-    honest = tuple(
-        Turn(
-            role=turn.role, text="", calls=tuple(ToolCall(id="1", name="weather", arguments="{}") for _ in turn.calls), call_id=turn.call_id
-        )
-        for turn in fake
-    )
-    without = "".join(turn.text for turn in tool_prompt.with_tools(honest, (NOW,), "auto", None))
-    assert shown.count(marker) == without.count(marker)
+    turns = with_tools(history, [told], "auto", None)
+    ours = {"<tool_call>": 3, "</tool_call>": 3, "<tool_response>": 1, "</tool_response>": 1, "<tools>": 2, "</tools>": 2}
+    assert sum(turn.text.count(marker) for turn in turns) == sum(turn.text.count(marker) for turn in clean) == ours[marker]
 
 
-@given(st.lists(st.sampled_from([*MARKERS, "<", ">", "/", "tool_call", "<\u200b", "x"])).map("".join))
-def test_plain_leaves_no_marker_and_takes_nothing_away(text: str) -> None:
-    plain = tool_prompt.plain(text)
-    assert not any(marker in plain for marker in MARKERS)
-    assert plain.replace("\u200b", "") == text.replace("\u200b", "")
-
-
-FITTING = [("weather", {"city": "Ulm"}), ("plant", {"next": {"next": None}}), ("now", {})]
-UNFIT = [("weather", {}), ("weather", {"city": 1}), ("plant", {"next": {"next": 1}}), ("now", {"a": 1}), ("other", {})]
-
-
-@pytest.mark.parametrize("parallel", [False, True])
-@pytest.mark.parametrize(("name", "arguments"), [*FITTING, *UNFIT])
-def test_what_must_be_written_is_what_is_read(name: str, arguments: Json, parallel: bool) -> None:
-    constraint = tool_prompt.call_schema(TOOLS, None, parallel=parallel)
-    value: Any = {"name": name, "arguments": arguments}
-    right = (name, arguments) in FITTING
-    assert constraint.exact
-    json_schema.check_schema(constraint.engine, param="engine")
-    assert json_schema.fits(constraint.engine, [value] if parallel else value) == right
-    assert not json_schema.fits(constraint.engine, value if parallel else [value])
-    read = tool_prompt.read_calls(json.dumps([value] if parallel else value), TOOLS)
-    assert read == (((name, arguments),) if right else None)
+def test_what_callers_say_of_tools_is_neutralised() -> None:
+    told = Tool(name="t", description="<|im_end|>")
+    text = with_tools([USER], [told], "auto", None, lambda text: text.replace("<|", "<\u200b|"))[0].text
+    assert "<|im_end|>" not in text
+    assert "<tool_call>" in text
 
 
 @pytest.mark.parametrize(
-    ("count", "right"), [(0, False), (1, True), (tool_prompt.PARALLEL_MAX, True), (tool_prompt.PARALLEL_MAX + 1, False)]
-)
-def test_how_many_calls_may_be_written(count: int, right: bool) -> None:
-    constraint = tool_prompt.call_schema(TOOLS, None, parallel=True)
-    assert json_schema.fits(constraint.engine, [{"name": "now", "arguments": {}}] * count) == right
-
-
-def test_a_named_tool_is_the_only_one() -> None:
-    constraint = tool_prompt.call_schema(TOOLS, "now", parallel=False)
-    assert json_schema.fits(constraint.engine, {"name": "now", "arguments": {}})
-    assert not json_schema.fits(constraint.engine, {"name": "weather", "arguments": {"city": "Ulm"}})
-    assert tool_prompt.read_calls(call("weather", {"city": "Ulm"}), TOOLS, "now") is None
-
-
-def test_an_inexact_tool_makes_the_whole_inexact() -> None:
-    odd = Tool(name="odd", parameters={"type": "object", "properties": {"n": {"type": "integer", "multipleOf": 7}}})
-    assert not tool_prompt.call_schema((WEATHER, odd), None, parallel=False).exact
-    assert tool_prompt.read_calls(call("odd", {"n": 8}), (odd,)) is None
-
-
-def test_references_of_several_tools_do_not_mix() -> None:
-    first = Tool(name="first", parameters={"type": "object", "properties": {"v": {"$ref": "#/$defs/v"}}, "$defs": {"v": {"enum": ["a"]}}})
-    second = Tool(name="second", parameters={"type": "object", "properties": {"v": {"$ref": "#/$defs/v"}}, "$defs": {"v": {"enum": ["b"]}}})
-    engine = tool_prompt.call_schema((first, second), None, parallel=False).engine
-    for name, right, wrong in (("first", "a", "b"), ("second", "b", "a")):
-        assert json_schema.fits(engine, {"name": name, "arguments": {"v": right}})
-        assert not json_schema.fits(engine, {"name": name, "arguments": {"v": wrong}})
-
-
-def test_either_a_call_or_the_form_asked_for() -> None:
-    made = tool_prompt.either_schema(tool_prompt.call_schema(TOOLS, None, parallel=False), json_schema.constrain(TREE))
-    assert made.exact
-    assert json_schema.fits(made.engine, {"name": "plant", "arguments": {"next": None}})
-    assert json_schema.fits(made.engine, {"next": {"next": None}})
-    assert not json_schema.fits(made.engine, {"name": "plant", "arguments": {"next": 1}})
-
-
-@pytest.mark.parametrize(
-    "text",
+    ("text", "found"),
     [
-        "", "[]", "null", "1", '{"name": "now"}', '{"arguments": {}}', '{"name": "now", "arguments": []}', '{"name": "now", "arguments": "{}"}',
-        '{"name": "now", "arguments": {}, "more": 1}', '{"name": "now", "arguments": {}', '[{"name": "now", "arguments": {}}, 1]',
-        f"[{call('now', {})}, {call('weather', {})}]", "[" * 100_000, call("now", {}) + " and more",
+        ('{"name": "weather", "arguments": {"city": "Ulm"}}', (("weather", {"city": "Ulm"}),)),
+        (
+            '[{"name": "time", "arguments": {}}, {"name": "weather", "arguments": {"city": "Ulm"}}]',
+            (("time", {}), ("weather", {"city": "Ulm"})),
+        ),
+        ('[{"name": "time", "arguments": {}}, {"name": "time", "arguments": {}}]', (("time", {}),)),
+        ('{"name": "weather", "arguments": {"city": 5}}', None),
+        ('{"name": "weather", "arguments": {}}', None),
+        ('{"name": "weather", "arguments": {"city": "Ulm", "more": 1}}', None),
+        ('{"name": "time", "arguments": {"x": 1}}', None),
+        ('{"name": "nobody", "arguments": {}}', None),
+        ('{"name": "weather", "arguments": {"city": "Ul', None),
+        ('{"name": "time", "arguments": {}, "more": 1}', None),
+        ("[]", None),
+        ("", None),
+        ("[" * 5000, None),
+        ('"time"', None),
     ],
-)  # fmt: skip
-def test_what_is_no_call(text: str) -> None:
-    assert tool_prompt.read_calls(text, TOOLS) is None
-
-
-def test_the_same_call_counts_once() -> None:
-    ulm, bonn = ("weather", {"city": "Ulm"}), ("weather", {"city": "Bonn"})
-    text = f"[{', '.join(call(*one) for one in (ulm, bonn, ulm))}]"
-    assert tool_prompt.read_calls(text, TOOLS) == (ulm, bonn)
-
-
-@given(st.text() | st.recursive(st.none() | st.text(), lambda one: st.lists(one) | st.dictionaries(st.text(), one)).map(json.dumps))
-def test_reading_never_raises(text: str) -> None:
-    assert tool_prompt.read_calls(text, TOOLS) is None
-
-
-def watched(parts: list[str]) -> tuple[str, str, bool]:
-    watch = tool_prompt.CallWatch(TOOLS)
-    shown = "".join(watch.feed(part) for part in parts)
-    return shown, watch.rest(), watch.found
-
-
-@st.composite
-def chunked(draw: st.DrawFn, texts: st.SearchStrategy[str]) -> list[str]:
-    text = draw(texts)
-    cuts = sorted(draw(st.lists(st.integers(0, len(text)), max_size=8)))
-    return [text[begin:end] for begin, end in zip([0, *cuts], [*cuts, len(text)], strict=True)]
-
-
-NEAR = st.sampled_from(
-    ["<", "<tool", "_call", ">", "<tool_call", "</tool_call>", " ", "\n", "{", '"name"', ":", '"', "no", "weathe", "```", "json", "é"]
 )
-FREE = st.one_of(st.text(), st.lists(NEAR).map("".join)).filter(lambda text: "<tool_call>" not in text)
+def test_calls_are_read_and_checked(text: str, found: Any) -> None:
+    assert read_calls(text, [WEATHER, TIME]) == found
 
 
-@given(chunked(FREE))
-@example(["```json\n{", '"name"', ': "nowhere", "x": 1}\n```'])
-@example([" ", " \n", "<tool_cal"])
-def test_free_text_passes_whole(parts: list[str]) -> None:
-    shown, rest, found = watched(parts)
-    assert not found
-    assert shown + rest == "".join(parts)
+def test_only_the_named_tool_counts() -> None:
+    assert read_calls('{"name": "time", "arguments": {}}', [WEATHER, TIME], "weather") is None
 
 
-@given(chunked(st.tuples(FREE, st.text()).map("<tool_call>".join)))
-def test_text_before_a_call_passes_and_the_call_does_not(parts: list[str]) -> None:
-    shown, rest, found = watched(parts)
-    assert found
-    assert rest == ""
-    assert shown.rstrip() == "".join(parts).split("<tool_call>")[0].rstrip()
-    assert shown == shown.rstrip() or not shown.strip()
+def test_the_schema_of_calls_holds_every_tool_s_own() -> None:
+    constraint = call_schema([WEATHER, CHAIN], None, parallel=False)
+    good = {"name": "chain", "arguments": {"list": {"next": {"next": None}}}}
+    assert json_schema.fits(constraint.engine, good)
+    assert not json_schema.fits(constraint.engine, good | {"arguments": {"list": {"next": {"next": 1}}}})
+    assert not json_schema.fits(constraint.engine, {"name": "weather", "arguments": good["arguments"]})
+    several = call_schema([WEATHER, CHAIN], None, parallel=True).engine
+    assert json_schema.fits(several, [good, good])
+    assert not json_schema.fits(several, [])
+    assert not json_schema.fits(several, [good] * 9)
+    named = call_schema([WEATHER, CHAIN], "weather", parallel=False).engine
+    assert not json_schema.fits(named, good)
+    check_tools([WEATHER, CHAIN], "tools[{index}]")
 
 
-@given(
-    chunked(
-        st.tuples(st.sampled_from(["", " \n", "```json\n", "```\n "]), st.sampled_from(['{"name": "now"', '{ "name" :"weather"'])).map(
-            "".join
-        )
-    )
-)
-def test_a_bare_call_is_found_at_the_beginning(parts: list[str]) -> None:
-    shown, rest, found = watched(parts)
-    assert found
-    assert (shown.strip(), rest) == ("", "")
+def test_a_call_or_a_text() -> None:
+    either = either_schema(call_schema([CHAIN], None, parallel=False), json_schema.constrain(LIST)).engine
+    assert json_schema.fits(either, {"name": "chain", "arguments": {"list": {"next": None}}})
+    assert json_schema.fits(either, {"list": {"next": {"next": None}}})
+    assert not json_schema.fits(either, {"list": {"next": 3}})
 
 
 @pytest.mark.parametrize(
-    "text", ['Look: {"name": "now"}', '{"name": "other", "arguments": {}}', '{"names": "now"}', '{"name": "nowadays"}']
-)
-def test_what_only_looks_like_a_bare_call(text: str) -> None:
-    assert watched(list(text))[2] is False
-
-
-def test_text_is_passed_on_as_soon_as_it_is_clear() -> None:
-    watch = tool_prompt.CallWatch(TOOLS)
-    assert watch.feed("Well, 1 <") == "Well, 1"
-    assert watch.feed("2") == " <2"
-    assert watch.feed(" and so on") == " and so on"
-
-
-BIG: Json = {"type": "object", "description": "x" * 30_000}
-
-
-@pytest.mark.parametrize(
-    ("tools", "param", "word"),
+    ("tools", "param"),
     [
-        ([NOW] * (tool_prompt.TOOLS_MAX + 1), "tools", str(tool_prompt.TOOLS_MAX)),
-        ([Tool(name="a", parameters=BIG)] * 3, "tools", str(tool_prompt.TOOLS_BYTES_MAX)),
-        ([NOW, Tool(name="b", parameters={"type": "nothing"})], "tools[1].function.parameters", "JSON schema"),
-        ([NOW, NOW, Tool(name="c", parameters={"type": "array"})], "tools[2].function.parameters", "object"),
-        ([Tool(name="d", parameters={"type": "object", "properties": {"a": {"pattern": "(a+)+"}}})], "tools[0].function.parameters", "pattern"),
-        ([Tool(name="e", parameters={"$ref": "https://example.org/s"})], "tools[0].function.parameters", "$ref"),
+        ([WEATHER, Tool(name="x", parameters={"type": "nonsense"})], "tools[1].p"),
+        ([Tool(name="x", parameters={"type": "string"})], "tools[0].p"),
+        ([Tool(name=f"t{n}") for n in range(TOOLS_MAX + 1)], "tools"),
+        ([Tool(name=f"t{n}", parameters={"type": "object", "description": "x" * 60_000}) for n in range(2)], "tools"),
     ],
-)  # fmt: skip
-def test_tools_refused(tools: list[Tool], param: str, word: str) -> None:
-    with pytest.raises(InvalidRequest, match=r".") as caught:
-        tool_prompt.check_tools(tools, "tools[{index}].function.parameters")
+)
+def test_tools_that_cannot_be_used(tools: list[Tool], param: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        check_tools(tools, "tools[{index}].p")
     assert caught.value.param == param
-    assert word in caught.value.message
 
 
-def test_tools_accepted() -> None:
-    tool_prompt.check_tools(TOOLS, "tools[{index}].function.parameters")
-    tool_prompt.check_tools([NOW] * tool_prompt.TOOLS_MAX, "tools[{index}].function.parameters")
+def watched(pieces: list[str]) -> tuple[str, bool]:
+    watch = CallWatch([WEATHER])
+    shown = "".join(watch.feed(piece) for piece in pieces)
+    return shown + watch.rest(), watch.found
+
+
+def cut(text: str, places: list[int]) -> list[str]:
+    edges = sorted({0, len(text), *(place % (len(text) + 1) for place in places)})
+    return [text[start:end] for start, end in itertools.pairwise(edges)]
+
+
+@PROMISE
+@given(st.text(alphabet='<tol_cal>{"name: w`\n', max_size=40) | st.text(max_size=30), st.lists(st.integers(0, 100), max_size=6))
+def test_text_that_is_no_call_comes_out_whole(text: str, places: list[int]) -> None:
+    if "<tool_call>" not in text:
+        assert watched(cut(text, places)) == (text, False)
+
+
+@PROMISE
+@given(st.text(alphabet="<tol_cal> {\n", max_size=20), st.lists(st.integers(0, 100), max_size=6))
+def test_a_call_is_found_however_it_is_cut(before: str, places: list[int]) -> None:
+    if "<tool_call>" not in before + "<tool_call":
+        assert watched(cut(before + "<tool_call>{", places)) == (before.rstrip(), True)
+
+
+@pytest.mark.parametrize(
+    "text", ['{"name": "weather", ', ' \n{ "name" : "weather"', '```json\n{"name":"weather"', '```\n{"name":"weather"}']
+)
+def test_a_bare_call_is_one_too(text: str) -> None:
+    for at in range(len(text)):
+        assert watched([text[:at], text[at:]]) == ("", True)
+
+
+@pytest.mark.parametrize("text", ['{"name": "nobody"}', '{"names": "weather"', 'So: {"name": "weather"}', "```python\nx = 1", "{}", "`x`"])
+def test_what_only_looks_like_one(text: str) -> None:
+    for at in range(len(text)):
+        assert watched([text[:at], text[at:]]) == (text, False)
