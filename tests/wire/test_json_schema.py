@@ -501,3 +501,28 @@ def test_what_an_exact_constraint_lets_through_fits(schema: Any, value: Any, dat
         answer = written(data.draw, constraint.engine, constraint.engine.get("$defs", {}))
         assert fits(schema, answer)
         assert fits(constraint.engine, answer)
+
+
+LEAF = {"type": "object", "properties": {"kind": {"const": "leaf"}}, "required": ["kind"], "additionalProperties": False}
+ARRAY = {"type": "array", "items": {"$ref": "#/$defs/A"}, "minItems": 1}
+
+
+def tree(name: str, told: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "object", "properties": {name: told, "left": {"$ref": "#/$defs/A"}}, "required": [name], "additionalProperties": False}
+
+
+@pytest.mark.parametrize(
+    ("branches", "is_told_to_the_engine"),
+    [
+        ([ARRAY, ARRAY | {"maxItems": 3}], False),
+        ([ARRAY, {"anyOf": [{"type": "null"}, ARRAY]}], False),
+        ([tree("x", {"type": "integer"}), tree("x", {"type": "string"})], False),
+        ([LEAF, tree("kind", {"const": "tree"})], True),
+        ([tree("x", {"type": "integer"}), tree("y", {"type": "string"})], True),
+        ([ARRAY, {"type": "null"}], True),
+    ],
+)
+def test_a_union_that_doubles_the_ways_at_each_level_is_not_told_to_the_engine(branches: list[Any], is_told_to_the_engine: bool) -> None:
+    constraint = constrain({"$ref": "#/$defs/A", "$defs": {"A": {"anyOf": branches}}})
+    assert any("anyOf" in part for part in constraint.engine["$defs"].values()) is is_told_to_the_engine
+    assert not constraint.exact or is_told_to_the_engine

@@ -4,7 +4,7 @@ import copy
 import json
 import math
 import re
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
 import msgspec
@@ -14,7 +14,7 @@ from referencing import Registry
 from referencing.exceptions import Unresolvable
 
 from fallow.wire.regex_cost import pattern_cost
-from fallow.wire.schema_check import TYPES, Place, Schema, check_schema, nested, places, target
+from fallow.wire.schema_check import CHAIN_MAX, TYPES, Place, Schema, check_schema, nested, places, target
 
 __all__ = ["Constraint", "check_schema", "constrain", "fits", "fits_text", "tightened"]
 
@@ -206,6 +206,7 @@ class _Lowering:
         self.exact = True
         self.places = places(root)
         self.names: dict[Place, str] = {}
+        self.refers = any(isinstance(part, dict) and "$ref" in part for part in self.places.values())
 
     def lower(self, schema: Any) -> Schema:
         """One schema; `exact` is False from here on if the engine may write what doesn't fit it."""
@@ -226,12 +227,35 @@ class _Lowering:
             name = self.names.setdefault(target(schema["$ref"]) or (), f"r{len(self.names)}")
             return {"$ref": f"#/$defs/{name}"}
         if others and "properties" not in schema:
+            if self.refers and self._is_ambiguous(schema[others[0]]):
+                self.exact = False  # each level would double the ways that llama.cpp follows, until it hangs
+                return _ANYTHING
             lowered = [self.lower(one) for one in schema[others[0]] if one is not False]
             self.exact &= bool(lowered)
             return {"anyOf": lowered or [_ANYTHING]}
         if only and "properties" not in schema:
             return {"allOf": [self.lower(one) for one in only]}
         return self._typed(schema, bare=not own)
+
+    def _is_ambiguous(self, branches: Sequence[Any]) -> bool:
+        """Whether several branches of a union begin alike: as arrays, or as objects whose first property doesn't tell them apart."""
+        begins = [begin for one in branches for begin in self._beginnings(one, CHAIN_MAX)]
+        return len(begins) > len(set(begins))
+
+    def _beginnings(self, schema: Any, left: int) -> list[str]:
+        """How arrays and objects that fit begin, as far as the schema says."""
+        if not isinstance(schema, dict) or not left:
+            return []
+        if "$ref" in schema:
+            return self._beginnings(self.places.get(target(schema["$ref"]) or ()), left - 1)
+        for union in ("anyOf", "oneOf", "allOf"):
+            if union in schema:
+                return [begin for one in schema[union] for begin in self._beginnings(one, left - 1)]
+        first: tuple[str, Any] = next(iter(schema.get("properties", {}).items()), ("", {}))
+        told = {key: first[1][key] for key in ("const", "enum") if isinstance(first[1], dict) and key in first[1]}
+        kinds = schema.get("type", ["object"] if "properties" in schema else ["array"] if "items" in schema else [])
+        kinds = [kinds] if isinstance(kinds, str) else kinds
+        return [kind if kind == "array" else json.dumps([first[0], told]) for kind in kinds if kind in ("array", "object")]
 
     def _values(self, schema: Schema) -> Schema:
         values = schema.get("enum", [schema.get("const")])
