@@ -40,7 +40,7 @@ TABLE: dict[str, Status] = {
     "wire_error": Status(502, "server_error"),
     "engine_failed": Status(502, "server_error"),
     "engine_stalled": Status(502, "server_error"),
-    "schema_not_met": Status(502, "server_error"),
+    "schema_not_met": Status(422, "invalid_request_error"),
     "answer_gap": Status(502, "server_error"),
     "answer_malformed": Status(502, "server_error"),
     "answer_too_long": Status(502, "server_error"),
