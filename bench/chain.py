@@ -56,7 +56,7 @@ async def running_model(model: str) -> AsyncIterator[Chain]:
     """A chain in front of a real model; `engine` is its llama.cpp server."""
     with tempfile.TemporaryDirectory(prefix="fallow-bench-") as folder:
         data = Path(folder) / "d"
-        async with running_parts(data, ["--model", model], model=model, engine=str(data / "engines" / "llama.sock")) as chain:
+        async with running_parts(data, ["--model", model], model=model, engine=str(data / "engines" / "e1.sock")) as chain:
             yield chain
 
 
