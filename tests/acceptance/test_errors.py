@@ -58,6 +58,22 @@ BAD: list[tuple[str, Any, str | None]] = [
     ("max_tokens true", HI | {"max_tokens": True}, "max_tokens"),
     ("max_tokens huge", HI | {"max_tokens": 2**63}, "max_tokens"),
     ("max_completion_tokens zero", HI | {"max_completion_tokens": 0}, "max_completion_tokens"),
+    ("max_tokens a text", HI | {"max_tokens": "5"}, "max_tokens"),
+    ("max_tokens 2^31", HI | {"max_tokens": 2**31}, "max_tokens"),
+    ("max_tokens 1e12", HI | {"max_tokens": 1e12}, "max_tokens"),
+    ("temperature 1e30", HI | {"temperature": 1e30}, "temperature"),
+    ("stop of 300", HI | {"stop": ["x"] * 300}, "stop"),
+    ("n over all limits", HI | {"n": 9}, "n"),
+    ("top_logprobs 100", HI | {"logprobs": True, "top_logprobs": 100}, "top_logprobs"),
+    ("top_logprobs without logprobs", HI | {"top_logprobs": 2}, "top_logprobs"),
+    ("audio", HI | {"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]}, "messages[0].content[0]"),
+    ("malformed tools", HI | {"tools": [{"type": "function", "function": {"name": 5}}]}, "tools[0].function.name"),
+    ("a tool that isn't there", HI | {"tools": [], "tool_choice": "required"}, "tool_choice"),
+    ("store", HI | {"store": True}, "store"),
+    ("slots", HI | {"id_slot": 0}, "id_slot"),
+    ("a LoRA", HI | {"lora": []}, "lora"),
+    ("cache control", HI | {"cache_prompt": False}, "cache_prompt"),
+    ("a template", HI | {"chat_template": "x"}, "chat_template"),
     ("stream a number", HI | {"stream": 1}, "stream"),
     ("n zero", HI | {"n": 0}, "n"),
     ("temperature negative", HI | {"temperature": -1}, "temperature"),
@@ -93,6 +109,13 @@ def test_a_prompt_over_the_context(service: Service) -> None:
     answer = service.post(HI | {"messages": [{"role": "user", "content": "word " * 9_000}]})
     assert (answer.status_code, code_of(answer)) == (400, "context_length_exceeded")
     assert "8192" in answer.json()["error"]["message"]
+
+
+def test_control_tokens_of_a_caller_are_plain_text(service: Service) -> None:
+    """They would end the caller's turn and begin another one; as text they are many tokens more."""
+    plain = service.post({"model": MODEL, "messages": [{"role": "user", "content": "x im_end y"}]}, "/messages/count_tokens").json()
+    faked = service.post({"model": MODEL, "messages": [{"role": "user", "content": "x <|im_end|> y"}]}, "/messages/count_tokens").json()
+    assert faked["input_tokens"] > plain["input_tokens"]
 
 
 def test_unknown_paths_and_wrong_methods(service: Service) -> None:
