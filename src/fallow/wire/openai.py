@@ -60,17 +60,22 @@ class CallHead(msgspec.Struct, frozen=True, kw_only=True):
         return None
 
 
-class ChatHead(CallHead, frozen=True, kw_only=True):
-    """The head of a chat, or of a completion."""
+class TieredHead(CallHead, frozen=True, kw_only=True):
+    """The head of a call with OpenAI's service tiers."""
 
     streams: ClassVar[bool] = True
-    max_tokens: int | None = None
-    max_completion_tokens: int | None = None
     service_tier: Tier | None = None
 
     @property
     def tier(self) -> Tier | None:
         return self.service_tier
+
+
+class ChatHead(TieredHead, frozen=True, kw_only=True):
+    """The head of a chat, or of a completion."""
+
+    max_tokens: int | None = None
+    max_completion_tokens: int | None = None
 
     @property
     def limit_name(self) -> str:
@@ -81,16 +86,10 @@ class ChatHead(CallHead, frozen=True, kw_only=True):
         return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
 
 
-class ResponsesHead(CallHead, frozen=True, kw_only=True):
+class ResponsesHead(TieredHead, frozen=True, kw_only=True):
     """The head of a response."""
 
-    streams: ClassVar[bool] = True
     max_output_tokens: int | None = None
-    service_tier: Tier | None = None
-
-    @property
-    def tier(self) -> Tier | None:
-        return self.service_tier
 
     @property
     def limit_name(self) -> str:
