@@ -10,8 +10,9 @@ from typing import Any
 import msgspec
 import pytest
 
+from fallow.apps.node.engine_served import REFUSAL_BYTES_MAX
 from fallow.apps.node.served import Refused
-from fallow.apps.node.writing import REFUSAL_BYTES_MAX, TRIES_MAX, Writing
+from fallow.apps.node.writing import TRIES_MAX, Writing
 from fallow.model.errors import AnswerIncomplete, EngineFailed, InvalidRequest, SchemaNotMet
 from fallow.model.messages import Head
 from fallow.model.receipt import Usage

@@ -9,10 +9,10 @@ from urllib.parse import urlsplit
 from fallow.adapters import machine
 from fallow.adapters.catalogue import load_catalogue
 from fallow.adapters.clock import SystemClock
+from fallow.adapters.engine_process import SOCKET_PATH_MAX
 from fallow.adapters.fetch import Options, fetch
 from fallow.adapters.files import make_folder, only_one, read_or_make
 from fallow.adapters.http_engine import HttpEngine
-from fallow.adapters.llama_process import SOCKET_PATH_MAX
 from fallow.adapters.nats_bus import NatsBus
 from fallow.apps.node.attached import AttachedServed, find_models
 from fallow.apps.node.loading import Loader

@@ -7,6 +7,7 @@ from typing import Any
 
 import msgspec
 
+from fallow.apps.node.engine_served import small
 from fallow.apps.node.served import Refused
 from fallow.model.errors import AnswerIncomplete, EngineFailed, SchemaNotMet
 from fallow.model.receipt import Usage
@@ -19,7 +20,6 @@ from fallow.wire.stop import StopCutter
 TRIES_MAX = 3
 TEMPERATURES = (0.7, 1.0)
 """For the second and third try of a request that asked for less: the same again would be written again."""
-REFUSAL_BYTES_MAX = 64 * 1024
 Events = list[Event]
 
 
@@ -51,8 +51,7 @@ class Writing:
         self._is_held = self._constraint is not None and not may_stream
         self._calls = bool(generation.tools) and generation.tool_choice != "none"
         turns = neutraliser.turns(generation.turns)
-        asked = generation
-        self.turns = tool_prompt.with_tools(turns, asked.tools, asked.tool_choice, asked.tool_name, neutraliser.text)
+        self.turns = tool_prompt.with_tools(turns, generation.tools, generation.tool_choice, generation.tool_name, neutraliser.text)
 
     @property
     def usage(self) -> Usage:
@@ -222,7 +221,7 @@ class Writing:
     async def _asked(self, request: llama_request.EngineRequest) -> AsyncIterator[EngineAnswer]:
         async with self._engine.post(request.path, request.body) as answer:
             if answer.head.status != 200:
-                raise Refused(refusal(answer.head.status, await _small(answer), self._generation.params))
+                raise Refused(refusal(answer.head.status, await small(answer), self._generation.params))
             yield answer
 
 
@@ -236,12 +235,3 @@ def _seeded(sampling: Sampling, choice: int) -> Sampling:
     if sampling.seed is None or not choice:
         return sampling
     return msgspec.structs.replace(sampling, seed=(sampling.seed + choice) % 2**31)
-
-
-async def _small(answer: EngineAnswer) -> bytes:
-    data = b""
-    async for chunk in answer.body():
-        data += chunk
-        if len(data) > REFUSAL_BYTES_MAX:
-            raise EngineFailed("the engine's error is too long to be one")
-    return data
