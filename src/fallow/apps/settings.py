@@ -12,6 +12,7 @@ import platformdirs
 from msgspec import Meta
 
 from fallow.adapters.files import make_folder, write_private
+from fallow.apps import lend_settings
 from fallow.model.errors import BadFlag, BadSetting
 from fallow.wire import complaint
 
@@ -68,7 +69,8 @@ TEMPLATE = """\
 # folder = ""
 # Gigabytes that they may take there; 0: all that the disk has.
 # disk_gb = 50
-"""
+
+""" + lend_settings.TEMPLATE
 
 
 class Organisation(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -112,6 +114,9 @@ class Document(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     gateway: Gateway = Gateway()
     node: Node = Node()
     models: Models = Models()
+    lend: lend_settings.Lend = lend_settings.Lend()
+    power: lend_settings.Power = lend_settings.Power()
+    engine: lend_settings.Attached = lend_settings.Attached()
 
 
 class Settings(Document, frozen=True, kw_only=True):
