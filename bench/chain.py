@@ -61,14 +61,17 @@ async def running_model(model: str) -> AsyncIterator[Chain]:
 
 
 @contextlib.asynccontextmanager
-async def running_parts(data: Path, lend: list[str], *, model: str, engine: str) -> AsyncIterator[Chain]:
+async def running_parts(
+    data: Path, lend: list[str], *, model: str, engine: str, profile: str = "dedicated"
+) -> AsyncIterator[Chain]:
+    """Each part as `fallow up` starts it. A bench's own work would stop a node of another profile."""
     settings = load(data)
     parts: list[Part] = []
     try:
         parts.append(await start_part(settings, "hub", ["--listen", LOOPBACK]))
         hub = ["--hub", await parts[0].address()]
         parts.append(await start_part(settings, "gateway", [*hub, "--port", "0"]))
-        parts.append(await start_part(settings, "lend", [*hub, *lend]))
+        parts.append(await start_part(settings, "lend", [*hub, "--profile", profile, *lend]))
         base_url, _ = await asyncio.gather(parts[1].address(), parts[2].address())
         await until_ready(base_url)
         pids = {part.role: part.process.pid for part in parts}

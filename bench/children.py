@@ -14,11 +14,19 @@ STOP_S = 10.0
 
 @contextlib.asynccontextmanager
 async def running(
-    *argv: str | Path, output: int | IO[bytes], environment: Mapping[str, str] | None = None, folder: Path = ROOT
+    *argv: str | Path,
+    output: int | IO[bytes],
+    environment: Mapping[str, str] | None = None,
+    folder: Path = ROOT,
+    talks: bool = False,
 ) -> AsyncIterator[asyncio.subprocess.Process]:
     """Run a child for as long as the block lasts; one that ignores the request to stop is killed."""
     child = await asyncio.create_subprocess_exec(
-        *argv, stdin=asyncio.subprocess.DEVNULL, stdout=output, env=None if environment is None else dict(environment), cwd=folder
+        *argv,
+        stdin=asyncio.subprocess.PIPE if talks else asyncio.subprocess.DEVNULL,
+        stdout=output,
+        env=None if environment is None else dict(environment),
+        cwd=folder,
     )
     try:
         yield child

@@ -3,15 +3,17 @@
 import asyncio
 import contextlib
 import hashlib
+import ssl
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import trustme
 
 from fallow.adapters import http_engine
-from fallow.adapters.http_engine import BUFFER_BYTES_MAX, HttpEngine
+from fallow.adapters.http_engine import BUFFER_BYTES_MAX, HttpEngine, default_tls
 from fallow.model.errors import EngineFailed, EngineStalled
 
 pytestmark = pytest.mark.anyio
@@ -116,11 +118,11 @@ async def unix(tmp_path: Path) -> AsyncIterator[Site]:
 
 
 @contextlib.asynccontextmanager
-async def serving(site: Site, path: Path | None) -> AsyncIterator[Site]:
+async def serving(site: Site, path: Path | None, tls: ssl.SSLContext | None = None) -> AsyncIterator[Site]:
     faults: list[dict[str, Any]] = []
     asyncio.get_running_loop().set_exception_handler(lambda _, context: faults.append(context))
     if path is None:
-        server = await asyncio.start_server(site.serve, "127.0.0.1", 0)
+        server = await asyncio.start_server(site.serve, "127.0.0.1", 0, ssl=tls)
         site.address = f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
     else:
         server = await asyncio.start_unix_server(site.serve, path)
@@ -611,3 +613,157 @@ async def test_documents_have_a_size(unix: Site, engine: HttpEngine) -> None:
     assert await engine.get("/v1/models", WITHIN_S, 5) == (404, b"12345")
     with pytest.raises(EngineFailed, match="over 4 bytes"):
         await engine.get("/v1/models", WITHIN_S, 4)
+
+
+async def test_hints_before_the_answer_are_no_answer(site: Site, engine: HttpEngine) -> None:
+    hint = b"HTTP/1.1 103 Early Hints\r\nlink: </style.css>\r\ncontent-type: text/none\r\n\r\n"
+
+    async def script(talk: Talk) -> None:
+        while await talk.request():
+            await talk.send(hint)
+            await asyncio.sleep(0)
+            await talk.send(hint)
+            await talk.answer(b"well")
+
+    site.script = script
+    for _ in range(2):
+        async with engine.post("/", b"") as answer:
+            assert (answer.head.status, answer.head.content_type) == (200, "application/json")
+            assert b"".join([chunk async for chunk in answer.body()]) == b"well"
+    assert len(site.talks) == 1
+
+
+@pytest.mark.parametrize(
+    ("header", "seconds"),
+    [
+        ("", None),
+        ("retry-after: 7\r\n", 7),
+        ("Retry-After: 99999999999999\r\n", 3600),
+        ("retry-after: Fri, 31 Dec 1999 23:59:59 GMT\r\n", None),
+    ],
+)
+async def test_when_to_ask_again(unix: Site, engine: HttpEngine, header: str, seconds: int | None) -> None:
+    async def script(talk: Talk) -> None:
+        await talk.request()
+        await talk.answer(status="429 Too Many Requests", headers=header)
+
+    unix.script = script
+    async with engine.post("/", b"") as answer:
+        assert answer.retry_after_s == seconds
+
+
+async def test_a_path_before_every_path(unix: Site) -> None:
+    engine = HttpEngine(unix.address, base="/api")
+    await ask(engine)
+    await engine.get("/v1/models", WITHIN_S, 100)
+    lines = [head.split("\r\n")[0] for head, _ in unix.talks[0].requests]
+    assert lines == ["POST /api/v1/completions HTTP/1.1", "GET /api/v1/models HTTP/1.1"]
+    engine.close()
+
+
+async def test_headers_of_ones_own(unix: Site) -> None:
+    engine = HttpEngine(unix.address, {"host": "api.example.org", "authorization": "Bearer abc"})
+    await ask(engine)
+    await engine.get("/v1/models", WITHIN_S, 100)
+    for head, _ in unix.talks[0].requests:
+        lines = head.lower().split("\r\n")
+        assert [line for line in lines if line.startswith("host:")] == ["host: api.example.org"]
+        assert "authorization: bearer abc" in lines
+    engine.close()
+
+
+# TLS
+LOOPS = pytest.mark.parametrize("anyio_backend", [("asyncio", {"use_uvloop": False}), ("asyncio", {"use_uvloop": True})])
+"""Theirs and ours speak TLS in code of their own."""
+
+
+@pytest.fixture(scope="module")
+def authority() -> trustme.CA:
+    return trustme.CA()
+
+
+def server_tls(authority: trustme.CA, name: str) -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert(name).configure_cert(context)
+    return context
+
+
+def trusting(authority: trustme.CA) -> ssl.SSLContext:
+    context = ssl.create_default_context()
+    authority.configure_trust(context)
+    return context
+
+
+@LOOPS
+async def test_tls(authority: trustme.CA) -> None:
+    async with serving(Site(), None, server_tls(authority, "127.0.0.1")) as site:
+        engine = HttpEngine(site.address, tls=trusting(authority))
+        assert [await ask(engine, b"%d" % n) for n in range(3)] == [b'{"echo":"%d"}' % n for n in range(3)]
+        assert await engine.get("/v1/models", WITHIN_S, 100) == (200, b'{"echo":""}')
+        assert len(site.talks) == 1, "the connection is used again"
+        engine.close()
+        await until(lambda: site.talks[0].is_closed)
+
+
+@LOOPS
+async def test_a_large_answer_through_tls(authority: trustme.CA) -> None:
+    whole = bytes(range(256)) * 20_000  # 5 MB: many times what the client holds
+
+    async def script(talk: Talk) -> None:
+        while await talk.request():
+            await talk.answer(whole)
+
+    async with serving(Site(), None, server_tls(authority, "127.0.0.1")) as site:
+        site.script = script
+        engine = HttpEngine(site.address, tls=trusting(authority))
+        for _ in range(2):
+            assert await ask(engine) == whole
+        engine.close()
+
+
+@LOOPS
+async def test_leaving_early_closes_a_tls_connection(authority: trustme.CA) -> None:
+    async def script(talk: Talk) -> None:
+        await talk.request()
+        await talk.send(CHUNKED + b"5\r\nhello\r\n")
+        await talk.until_closed()
+
+    async with serving(Site(), None, server_tls(authority, "127.0.0.1")) as site:
+        site.script = script
+        engine = HttpEngine(site.address, tls=trusting(authority))
+        async with engine.post("/", b"") as answer:
+            assert await anext(answer.body()) == b"hello"
+        await until(lambda: site.talks[0].is_closed, what="the server sees that nobody waits")
+
+
+async def complains(talk: Talk) -> None:
+    """The script of a server that has no TLS on this port."""
+    await talk.send(b"HTTP/1.1 400 Bad Request\r\ncontent-length: 0\r\n\r\n")
+    await talk.until_closed()
+
+
+@LOOPS
+@pytest.mark.parametrize(
+    ("shown", "trusted", "why"),
+    [
+        pytest.param("elsewhere.example", True, "certificate is not trusted", id="another name"),
+        pytest.param("127.0.0.2", True, "certificate is not trusted", id="another address"),
+        pytest.param("127.0.0.1", False, "certificate is not trusted", id="an unknown authority"),
+        pytest.param("", True, "does not speak TLS|ConnectionAbortedError|ConnectionResetError", id="no TLS at all"),
+    ],
+)
+async def test_who_cannot_show_a_certificate_gets_no_request(authority: trustme.CA, shown: str, trusted: bool, why: str) -> None:
+    tls = server_tls(authority, shown) if shown else None
+    async with serving(Site(), None, tls) as site:
+        asyncio.get_running_loop().set_exception_handler(lambda loop, context: None)  # the server's own word on the handshake
+        site.script = answers if tls else complains
+        engine = HttpEngine(site.address, {"authorization": "Bearer abc"}, tls=trusting(authority) if trusted else default_tls())
+        with pytest.raises(EngineFailed, match=why):
+            await ask(engine)
+        assert all(not talk.requests for talk in site.talks)
+
+
+def test_the_default_checks_certificate_and_name() -> None:
+    context = default_tls()
+    assert (context.verify_mode, context.check_hostname) == (ssl.CERT_REQUIRED, True)
+    assert context.minimum_version >= ssl.TLSVersion.TLSv1_2

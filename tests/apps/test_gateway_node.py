@@ -14,7 +14,7 @@ import pytest
 
 from fallow.apps.gateway import calls as gateway_calls
 from fallow.apps.node import job as node_job
-from fallow.apps.node import node as node_module
+from fallow.apps.node import jobs as node_jobs
 from fallow.apps.node.outlet import ALIVE_MS
 from fallow.core import credit
 from fallow.core.admit import LEASE_MS
@@ -514,7 +514,7 @@ async def test_a_gateway_renews_the_leases_of_what_it_waits_for() -> None:
 
 # the node's side, asked by hand
 async def test_a_lease_that_runs_out_cancels_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(node_module, "TICK_S", 0.005)
+    monkeypatch.setattr(node_jobs, "TICK_S", 0.005)
     async with Network() as network:
         script = Endless(b" ")
         served = FakeServed(script)
@@ -536,7 +536,7 @@ async def test_a_lease_that_runs_out_cancels_the_job(monkeypatch: pytest.MonkeyP
 
 
 async def test_a_node_says_that_it_is_alive(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(node_module, "TICK_S", 0.005)
+    monkeypatch.setattr(node_jobs, "TICK_S", 0.005)
 
     async def waits(body: bytes) -> AsyncIterator[bytes]:
         await asyncio.Event().wait()

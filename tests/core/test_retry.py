@@ -20,6 +20,8 @@ PASSING = (
     "leaving",
     "model_loading",
     "model_not_here",
+    "yielding",
+    "lender_refuses",
     "engine_failed",
     "engine_stalled",
 )

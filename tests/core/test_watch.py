@@ -16,6 +16,7 @@ from fallow.core.watch import (
     Launch,
     Loaded,
     Phase,
+    Resumed,
     Tick,
     Unwanted,
     Wanted,
@@ -48,6 +49,7 @@ TABLE: list[tuple[str, Event, int, tuple[str, str, str, str, str, str]]] = [
     ("unwanted", Unwanted(), NOW, ("cold", "leaving Kill:unwanted", "leaving Kill:unwanted", "leaving", "leaving", "cold")),
     ("loaded", Loaded(), NOW, ("cold", "ready", "ready", "stopping", "leaving", "backing_off")),
     ("exited", Exited(), NOW, ("cold", "backing_off", "backing_off", "backing_off", "cold", "backing_off")),
+    ("resumed", Resumed(0), NOW, ("cold", "loading", "ready", "stopping", "leaving", "backing_off")),
     ("idle", IDLE, NOW, ("cold", "loading", "ready", "stopping", "leaving", "backing_off")),
     ("busy", BUSY, NOW, ("cold", "loading", "ready", "stopping", "leaving", "backing_off")),
     ("stuck", STUCK, NOW, ("cold", "loading", "stopping Kill:stalled", "stopping", "leaving", "backing_off")),
@@ -79,6 +81,15 @@ def test_step(column: int, phase: Phase, event: Event, now_ms: int, row: tuple[s
 def test_the_table_is_complete() -> None:
     assert get_args(Phase) == PHASES
     assert {type(event) for _, event, _, _ in TABLE} == set(get_args(Event))
+
+
+def test_a_stopped_engine_has_no_time() -> None:
+    for phase in ("loading", "backing_off"):
+        after, effects = step(state(phase), Resumed(7_000), now_ms=NOW)  # type: ignore[arg-type]
+        assert (after.since_ms, after.until_ms, effects) == (state(phase).since_ms + 7_000, UNTIL + 7_000, ())  # type: ignore[arg-type]
+    still = UNTIL + 5_000
+    resumed, _ = step(state("loading"), Resumed(7_000), now_ms=still)
+    assert step(resumed, IDLE, now_ms=still)[0].phase == "loading", "it would have loaded too long without"
 
 
 def test_loading_is_measured_and_bounded() -> None:

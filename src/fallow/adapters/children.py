@@ -24,9 +24,14 @@ async def spawn(
     stdout: int | None = DEVNULL,
     stderr: int | None = DEVNULL,
     pass_fds: Sequence[int] = (),
+    cgroup: Path | None = None,
 ) -> Process:
-    """Start a command in a session of its own (Ctrl-C reaches only us) that gets `death_signal` when we die."""
-    tethered = [sys.executable, "-I", "-S", str(Path(tether.__file__)), str(os.getpid()), str(int(death_signal)), "--", *command]
+    """Start a command in a session of its own (Ctrl-C reaches only us) that gets `death_signal` when we die.
+
+    It, and all that it starts, is in the control group whose `cgroup.procs` file is given.
+    """
+    where = [] if cgroup is None else [str(cgroup)]
+    tethered = [sys.executable, "-I", "-S", str(Path(tether.__file__)), str(os.getpid()), str(int(death_signal)), *where, "--", *command]
     return await asyncio.create_subprocess_exec(
         *tethered,
         env=environment,

@@ -1,9 +1,9 @@
-"""Starts an engine's process: its files checked, its settings on standard input, its answers on a Unix socket."""
+"""Starts an engine's process in its jail: its files checked, its settings on standard input, its answers on a Unix socket."""
 
 import asyncio
+import contextlib
 import importlib.util
 import signal
-import sys
 from asyncio.subprocess import DEVNULL, PIPE, Process
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -12,6 +12,8 @@ from typing import Any
 import msgspec
 
 from fallow.adapters import children
+from fallow.adapters.cgroup import NO_CGROUPS, Cgroups
+from fallow.adapters.jail import NO_JAIL, Jail
 from fallow.adapters.store import hash_file
 from fallow.model.errors import BadChecksum, MissingExtra
 
@@ -25,7 +27,10 @@ ENVIRONMENT = {
 
 
 class EngineProcess:
-    """How to start an engine, as often as needed. The socket is `folder/NAME.sock`; `files` are checked before each start."""
+    """How to start an engine, as often as needed. The socket lies in a folder of its own, since that is all the engine may write to.
+
+    `files`, all that the engine may read besides programs, are checked before each start. `memory_bytes` is what it is expected to take.
+    """
 
     def __init__(
         self,
@@ -36,13 +41,20 @@ class EngineProcess:
         files: Mapping[Path, str],
         folder: Path,
         name: str,
+        memory_bytes: int = 0,
+        jail: Jail = NO_JAIL,
+        cgroups: Cgroups = NO_CGROUPS,
     ) -> None:
-        self.socket = folder / f"{name}.sock"
+        self.socket = socket_path(folder, name)
         assert len(str(self.socket)) <= SOCKET_PATH_MAX, "the caller chose a folder with a short path"
         self._module = module
         self._environment = {**ENVIRONMENT, **environment}
         self._settings = {**settings, "socket": str(self.socket)}
         self._files = dict(files)
+        self._name = name
+        self._memory_bytes = memory_bytes
+        self._jail = jail
+        self._cgroups = cgroups
 
     async def start(self) -> Process:
         """A new process that begins to load. It says nothing anywhere: what engines print may hold prompts and paths.
@@ -52,18 +64,23 @@ class EngineProcess:
         for path, sha256 in self._files.items():
             if await asyncio.to_thread(hash_file, path) != sha256:
                 raise BadChecksum(f"{path.name} changed on disk; run `fallow models pull` again")
-        self.socket.unlink(missing_ok=True)
+        self.clean_up()
+        await asyncio.to_thread(self._cgroups.make, self._name, memory_bytes=self._memory_bytes)
+        self.socket.parent.mkdir(mode=0o700, exist_ok=True)
+        files, socket_folder = [str(path) for path in self._files], str(self.socket.parent)
+        told = await asyncio.to_thread(self._jail.confinement, files=files, socket_folder=socket_folder, memory_bytes=self._memory_bytes)
         process = await children.spawn(
-            [sys.executable, "-m", self._module],
+            self._jail.command(self._module, environment=self._environment, files=files, socket_folder=socket_folder),
             environment=self._environment,
             death_signal=signal.SIGKILL,
             stdin=PIPE,
             stdout=DEVNULL,
             stderr=DEVNULL,
+            cgroup=self._cgroups.entrance(self._name),
         )
         assert process.stdin is not None
         try:
-            process.stdin.write(msgspec.json.encode(self._settings) + b"\n")
+            process.stdin.write(b"".join(msgspec.json.encode(one) + b"\n" for one in (told, self._settings)))
             await process.stdin.drain()
             process.stdin.close()
         except (BrokenPipeError, ConnectionResetError):
@@ -74,8 +91,16 @@ class EngineProcess:
         return process
 
     def clean_up(self) -> None:
-        """Remove the socket."""
+        """Remove the socket and its folder, and the control group, of an engine that has ended."""
         self.socket.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            self.socket.parent.rmdir()
+        self._cgroups.remove(self._name)
+
+
+def socket_path(folder: Path, name: str) -> Path:
+    """Where an engine's socket is. llama.cpp takes a path for a socket's if it ends like this."""
+    return folder / name / "e.sock"
 
 
 def need(modules: Collection[str], why: str) -> None:

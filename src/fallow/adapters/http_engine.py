@@ -1,10 +1,12 @@
-"""An engine that speaks HTTP/1.1 on a Unix socket or a TCP port; the parser is httptools, the connections are ours.
+"""An engine that speaks HTTP/1.1 on a Unix socket, a TCP port or TLS; the parser is httptools, the connections are ours.
 
 A general client costs a third of the gateway's throughput here (docs/adr/0003), and needs none of what we ask.
 """
 
 import asyncio
 import contextlib
+import socket
+import ssl
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping
 from time import perf_counter_ns
@@ -20,12 +22,15 @@ USES_MAX = 90
 """llama.cpp closes a connection after 5 s of idling or 100 requests; we are there first."""
 IDLE_CONNECTIONS_MAX = 64
 CONNECT_S = 2.0
+CONNECT_TLS_S = 10.0
+"""The same for a server that may be far away, with TLS's own round trips."""
 HEAD_S_MAX = 1_800.0
 """How long an engine may work before it begins to answer: attached ones write whole answers at their end only."""
 SILENCE_S_MAX = 120.0
 """How long it may be silent in the middle of one."""
 BUFFER_BYTES_MAX = 256 * 1024
 HEADERS_MAX = 64
+RETRY_AFTER_S_MAX = 3_600
 
 
 class _Parsed:
@@ -36,6 +41,7 @@ class _Parsed:
         self.parser = httptools.HttpResponseParser(self)
         self.status = 0
         self.content_type = ""
+        self.retry_after_s: int | None = None
         self.headers = 0
         self.has_length = False
         self.head_at_ns = 0
@@ -55,6 +61,8 @@ class _Parsed:
         name = name.lower()
         if name == b"content-type":
             self.content_type = value.decode("latin-1")
+        elif name == b"retry-after" and value.isdigit():  # a date is not read: clocks differ
+            self.retry_after_s = min(int(value[:9]), RETRY_AFTER_S_MAX)
         self.has_length |= name in (b"content-length", b"transfer-encoding")
 
     def on_headers_complete(self) -> None:
@@ -68,6 +76,9 @@ class _Parsed:
             self._pause()
 
     def on_message_complete(self) -> None:
+        if 100 <= self.status < 200:  # a hint on the way; the answer follows
+            self.status, self.head_at_ns, self.content_type, self.has_length = 0, 0, "", False
+            return
         self.is_whole = True
         self.may_stay = self.parser.should_keep_alive()  # the parser has forgotten it a moment later
 
@@ -155,6 +166,11 @@ class HttpAnswer:
         self.head = head
 
     @property
+    def retry_after_s(self) -> int | None:
+        """The engine's own word on when to ask again, in seconds."""
+        return self._connection.answer.retry_after_s
+
+    @property
     def is_complete(self) -> bool:
         """Whether all of it came and was taken."""
         return self._connection.answer.is_whole and not self._connection.answer.chunks
@@ -173,18 +189,32 @@ class HttpAnswer:
                 await connection.wait(SILENCE_S_MAX)
 
 
-class HttpEngine:
-    """The client of one engine. `address` is an absolute path of a socket, or `host:port`; `headers` go with every request."""
+def default_tls() -> ssl.SSLContext:
+    """TLS that checks certificate and host name against the machine's own authorities."""
+    context = ssl.create_default_context()
+    context.set_alpn_protocols(["http/1.1"])
+    return context
 
-    def __init__(self, address: str, headers: Mapping[str, str] | None = None) -> None:
+
+class HttpEngine:
+    """The client of one engine. `address` is an absolute path of a socket, or `host:port`; `headers` go with every request.
+
+    `base` stands before every path. With `tls` all goes encrypted, and the host must show a certificate that `tls` trusts.
+    """
+
+    def __init__(
+        self, address: str, headers: Mapping[str, str] | None = None, *, base: str = "", tls: ssl.SSLContext | None = None
+    ) -> None:
         self._address = address
+        self._base = base
+        self._tls = tls
         self._headers = "".join(f"{name}: {value}\r\n" for name, value in {"host": "engine", **(headers or {})}.items())
         self._idle: list[_Connection] = []
 
     @contextlib.asynccontextmanager
     async def post(self, path: str, body: bytes) -> AsyncIterator[HttpAnswer]:
         """Ask the engine. Leaving before the answer's end closes the connection, which stops the generation."""
-        head = f"POST {path} HTTP/1.1\r\n{self._headers}content-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+        head = f"POST {self._base}{path} HTTP/1.1\r\n{self._headers}content-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
         async with self._asked(head.encode() + body) as answer:
             yield answer
 
@@ -210,7 +240,7 @@ class HttpEngine:
             raise EngineFailed(f"the engine did not answer {path} within {within_s:g} s") from None
 
     def _get(self, path: str) -> bytes:
-        return f"GET {path} HTTP/1.1\r\n{self._headers}\r\n".encode()
+        return f"GET {self._base}{path} HTTP/1.1\r\n{self._headers}\r\n".encode()
 
     @contextlib.asynccontextmanager
     async def _asked(self, request: bytes) -> AsyncIterator[HttpAnswer]:
@@ -264,17 +294,30 @@ class HttpEngine:
     async def _connect(self) -> _Connection:
         loop = asyncio.get_running_loop()
         try:
-            async with asyncio.timeout(CONNECT_S):
+            async with asyncio.timeout(CONNECT_TLS_S if self._tls else CONNECT_S):
                 if self._address.startswith("/"):
                     _, connection = await loop.create_unix_connection(_Connection, self._address)
                 else:
                     host, _, port = self._address.rpartition(":")
-                    _, connection = await loop.create_connection(_Connection, host, int(port))
+                    _, connection = await loop.create_connection(_Connection, host, int(port), ssl=self._tls)
         except (OSError, TimeoutError) as error:
-            raise EngineFailed(f"the engine can't be reached: {type(error).__name__}") from None
+            raise EngineFailed(f"the engine can't be reached: {_why(error)}") from None
         return connection
 
     def close(self) -> None:
         """Close what is idle."""
         while self._idle:
             self._idle.pop().close()
+
+
+def _why(error: Exception) -> str:
+    """What went wrong on the way to an engine, without what anybody wrote."""
+    match error:
+        case ssl.SSLCertVerificationError():
+            return f"its certificate is not trusted ({error.verify_message})"
+        case ssl.SSLError():
+            return "it does not speak TLS as we do"
+        case socket.gaierror():
+            return "its name is not known"
+        case _:
+            return type(error).__name__

@@ -2,7 +2,9 @@
 
 from pathlib import Path
 
+from fallow.adapters.cgroup import NO_CGROUPS, Cgroups
 from fallow.adapters.engine_process import EngineProcess, need
+from fallow.adapters.jail import NO_JAIL, Jail
 from fallow.core.sizing import EngineSize
 
 ENVIRONMENT = {"GGML_NO_BACKTRACE": "1"}  # else a failed assertion starts a debugger and hangs
@@ -12,7 +14,17 @@ class LlamaProcess(EngineProcess):
     """How to start an engine for these weights; `pooling` is for models that embed."""
 
     def __init__(
-        self, *, weights: Path, weights_sha256: str, model: str, size: EngineSize, folder: Path, name: str, pooling: str = ""
+        self,
+        *,
+        weights: Path,
+        weights_sha256: str,
+        model: str,
+        size: EngineSize,
+        folder: Path,
+        name: str,
+        pooling: str = "",
+        jail: Jail = NO_JAIL,
+        cgroups: Cgroups = NO_CGROUPS,
     ) -> None:
         need(("xllamacpp",), "the llama engine is not installed; run `pip install 'fallow[llama]'`")
         settings = {
@@ -31,4 +43,7 @@ class LlamaProcess(EngineProcess):
             files={weights: weights_sha256},
             folder=folder,
             name=name,
+            memory_bytes=size.memory_bytes,
+            jail=jail,
+            cgroups=cgroups,
         )

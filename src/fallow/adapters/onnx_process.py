@@ -3,7 +3,9 @@
 from pathlib import Path
 from typing import Literal
 
+from fallow.adapters.cgroup import NO_CGROUPS, Cgroups
 from fallow.adapters.engine_process import EngineProcess, need
+from fallow.adapters.jail import NO_JAIL, Jail
 
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",  # ONNX Runtime has threads of its own; these two are numpy's
@@ -30,6 +32,9 @@ class OnnxProcess(EngineProcess):
         context_tokens: int,
         folder: Path,
         normalise: bool = True,
+        memory_bytes: int = 0,
+        jail: Jail = NO_JAIL,
+        cgroups: Cgroups = NO_CGROUPS,
     ) -> None:
         need(NEEDED, "the ONNX engine is not installed; run `pip install 'fallow[onnx]'`")
         settings = {
@@ -47,4 +52,7 @@ class OnnxProcess(EngineProcess):
             files={weights: weights_sha256, tokenizer: tokenizer_sha256},
             folder=folder,
             name=name,
+            memory_bytes=memory_bytes,
+            jail=jail,
+            cgroups=cgroups,
         )

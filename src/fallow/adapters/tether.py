@@ -1,6 +1,6 @@
 """Runs a command that must not outlive the process that started it, whatever kills that process.
 
-Started by path, without the package: `python -I -S tether.py PARENT_PID SIGNAL -- COMMAND …`
+Started by path, without the package: `python -I -S tether.py PARENT_PID SIGNAL [CGROUP_PROCS] -- COMMAND …`. The file is the control group's that it is to be in.
 """
 
 import ctypes
@@ -34,8 +34,21 @@ def watch_parent(parent: int, number: int, command: list[str]) -> int:
     return child.returncode
 
 
+def enter(cgroup: str) -> None:
+    """Move this process, and so what it becomes and starts, into a control group. Its limits are a second line: without it we go on."""
+    try:
+        with open(cgroup, "w") as file:
+            file.write(str(os.getpid()))
+    except OSError:
+        pass
+
+
 def main() -> None:
-    parent, number, _, *command = sys.argv[1:]
+    parent, number, *rest = sys.argv[1:]
+    dashes = rest.index("--")
+    cgroups, command = rest[:dashes], rest[dashes + 1 :]
+    for cgroup in cgroups:
+        enter(cgroup)
     if sys.platform == "linux":
         bind_to_parent(int(parent), int(number))
         os.execvp(command[0], command)

@@ -12,6 +12,7 @@ Hours = Annotated[str, Meta(max_length=200)]
 Names = Annotated[tuple[Annotated[str, Meta(min_length=1, max_length=200)], ...], Meta(max_length=256)]
 Usd = Annotated[float, Meta(ge=0, le=1_000)]
 Watts = Annotated[float, Meta(ge=0, le=100_000)]
+AsProfile = Literal["profile"]
 Kind = Literal["text", "embeddings", "rerank"]
 
 TEMPLATE = """\
@@ -19,25 +20,31 @@ TEMPLATE = """\
 # When this machine may work for others. A change takes effect at once; `fallow lend status` shows it.
 # invisible: stops as soon as somebody uses the machine; balanced: keeps some cores; dedicated: works always;
 # night: invisible, from 22 to 7; quiet: half of the cores, and cool.
-# `fallow up` takes dedicated unless this line is set: there the machine works for yourself.
-# profile = "invisible"
+# default: invisible for `fallow lend`, dedicated for `fallow up`, where the machine works for yourself.
+# profile = "default"
 # The most cores that engines use; 0: what the profile says.
 # cores = 0
 # Local time, such as "22-7" or "12:30-14, 20-8"; empty: what the profile says.
 # hours = ""
-# The following are the profile's unless they are set.
-# others_percent_max = 25      # of all cores, used by anything that isn't ours, before we stop
-# resume_after_s = 180         # how long it must be quiet before we go on
-# input_idle_s = 180           # how long nobody has touched keyboard or mouse; 0: doesn't matter
-# while_fullscreen = false
-# while_metered = false
-# on_battery = false
-# battery_percent_min = 80     # also on mains: let it charge first
-# temperature_c_max = 85
-# memory_free_percent_min = 15
-# disk_free_gb_min = 2
-# upload_gb_per_day = 0        # 0: no limit
-# leave_after_s = 1800         # after a pause of this length memory is freed too; 0: never
+# The following are as the profile has them, unless they are set.
+# What others may use of all cores before we stop, in percent, and how long it must be quiet before we go on.
+# others_percent_max = "profile"
+# resume_after_s = "profile"
+# How long nobody has touched keyboard or mouse; 0: doesn't matter.
+# input_idle_s = "profile"
+# true or false.
+# while_fullscreen = "profile"
+# while_metered = "profile"
+# on_battery = "profile"
+# How full the battery must be, also while it charges.
+# battery_percent_min = "profile"
+# temperature_c_max = "profile"
+# memory_free_percent_min = "profile"
+# disk_free_gb_min = "profile"
+# After a pause of this length memory is freed too; 0: never.
+# leave_after_s = "profile"
+# 0: no limit.
+# upload_gb_per_day = 0
 # Programs during which nothing runs, by the name of their process.
 # programs = []
 # What is never run here: kinds of work (text, embeddings, rerank), models, callers' organisations and countries.
@@ -54,7 +61,8 @@ TEMPLATE = """\
 [power]
 # What electricity costs here, and what the machine draws. Prices never go below it.
 # usd_per_kwh = 0.30
-# windows = [{ hours = "22-6", usd_per_kwh = 0.20 }]
+# Other prices at some hours, such as [{ hours = "22-6", usd_per_kwh = 0.20 }].
+# windows = []
 # Lend only while power costs no more than this; 0: always.
 # usd_per_kwh_max = 0
 # Watts beyond idling when all cores work; 0: estimated.
@@ -73,23 +81,23 @@ TEMPLATE = """\
 
 
 class Lend(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """When this machine may work, and for whom. None: the profile's; `profile` None: the command's."""
+    """When this machine may work, and for whom. "profile": as the profile has it; profile "default": the command's."""
 
-    profile: Profile | None = None
+    profile: Profile | Literal["default"] = "default"
     cores: Annotated[int, Meta(ge=0, le=1024)] = 0
     hours: Hours = ""
-    others_percent_max: Share | None = None
-    resume_after_s: Annotated[float, Meta(ge=0, le=86_400)] | None = None
-    input_idle_s: Annotated[float, Meta(ge=0, le=86_400)] | None = None
-    while_fullscreen: bool | None = None
-    while_metered: bool | None = None
-    on_battery: bool | None = None
-    battery_percent_min: Share | None = None
-    temperature_c_max: Annotated[float, Meta(ge=20, le=120)] | None = None
-    memory_free_percent_min: Share | None = None
-    disk_free_gb_min: Annotated[float, Meta(ge=0, le=100_000)] | None = None
+    others_percent_max: Share | AsProfile = "profile"
+    resume_after_s: Annotated[float, Meta(ge=0, le=86_400)] | AsProfile = "profile"
+    input_idle_s: Annotated[float, Meta(ge=0, le=86_400)] | AsProfile = "profile"
+    while_fullscreen: bool | AsProfile = "profile"
+    while_metered: bool | AsProfile = "profile"
+    on_battery: bool | AsProfile = "profile"
+    battery_percent_min: Share | AsProfile = "profile"
+    temperature_c_max: Annotated[float, Meta(ge=20, le=120)] | AsProfile = "profile"
+    memory_free_percent_min: Share | AsProfile = "profile"
+    disk_free_gb_min: Annotated[float, Meta(ge=0, le=100_000)] | AsProfile = "profile"
     upload_gb_per_day: Annotated[float, Meta(ge=0, le=100_000)] = 0.0
-    leave_after_s: Annotated[float, Meta(ge=0, le=86_400)] | None = None
+    leave_after_s: Annotated[float, Meta(ge=0, le=86_400)] | AsProfile = "profile"
     programs: Names = ()
     refuse_kinds: tuple[Kind, ...] = ()
     refuse_models: Names = ()

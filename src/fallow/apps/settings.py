@@ -13,7 +13,9 @@ from msgspec import Meta
 
 from fallow.adapters.files import make_folder, write_private
 from fallow.apps import lend_settings
+from fallow.core import hours
 from fallow.model.errors import BadFlag, BadSetting
+from fallow.model.needs import COUNTRY_UNKNOWN
 from fallow.wire import complaint
 
 FILE = "settings.toml"
@@ -27,13 +29,16 @@ PORT_MAX = 65_535
 Port = Annotated[int, Meta(ge=0, le=65535)]
 Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,62}$")]
 
-TEMPLATE = """\
+TEMPLATE = (
+    """\
 # Fallow's settings on this machine. Every line that is commented out shows the default.
 # Flags on the command line win over this file.
 
 [organisation]
 # Who owns this machine, its gateway and its keys.
 # id = "home"
+# The country that its calls come from, as two letters: lenders may refuse some.
+# country = "unknown"
 
 [hub]
 # Where the broker listens. Anything but this machine itself is an explicit choice: all traffic is readable to whoever
@@ -70,11 +75,14 @@ TEMPLATE = """\
 # Gigabytes that they may take there; 0: all that the disk has.
 # disk_gb = 50
 
-""" + lend_settings.TEMPLATE
+"""
+    + lend_settings.TEMPLATE
+)
 
 
 class Organisation(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     id: Name = "home"
+    country: Annotated[str, Meta(pattern=r"^([a-z]{2}|unknown)\Z")] = COUNTRY_UNKNOWN
 
 
 class Hub(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -147,6 +155,27 @@ def caller() -> Caller:
     return Caller(base_url=os.environ.get("FALLOW_BASE_URL", ""), api_key=os.environ.get("FALLOW_API_KEY", ""))
 
 
+class Desktop(msgspec.Struct, frozen=True, kw_only=True):
+    """How the owner's desktop is reached."""
+
+    session_bus: str
+    system_bus: str
+    has_display: bool
+
+
+def desktop() -> Desktop:
+    """DBUS_SESSION_BUS_ADDRESS, DBUS_SYSTEM_BUS_ADDRESS, and whether there is a display."""
+    runtime = os.environ.get("XDG_RUNTIME_DIR", "")
+    session = os.environ.get("DBUS_SESSION_BUS_ADDRESS", "")
+    if not session and runtime and Path(runtime, "bus").exists():
+        session = f"unix:path={runtime}/bus"
+    return Desktop(
+        session_bus=session,
+        system_bus=os.environ.get("DBUS_SYSTEM_BUS_ADDRESS", "unix:path=/run/dbus/system_bus_socket"),
+        has_display=bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")),
+    )
+
+
 def inherited() -> dict[str, str]:
     """The environment for our own child processes."""
     return dict(os.environ)
@@ -194,6 +223,12 @@ def _convert(document: dict[str, Any], where: Callable[[str], str], fault: type[
         raise fault(f"{where('hub.listen')}: hub.listen: expected HOST:PORT, such as {LISTEN_DEFAULT}, got {settings.hub.listen!r}")
     if "@" in settings.hub.broker:
         raise fault(f"{where('hub.broker')}: hub.broker: put the secret into a file (--secret-file), not into the address")
+    for name, text in (("lend.hours", settings.lend.hours), *(("power.windows", one.hours) for one in settings.power.windows)):
+        try:
+            if not hours.parse(text) and name == "power.windows":
+                raise ValueError(f"{hours.EXPECTED}, got an empty text")
+        except ValueError as error:
+            raise fault(f"{where(name)}: {name}: {error}") from None
     return settings
 
 

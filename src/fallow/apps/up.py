@@ -4,7 +4,7 @@ import asyncio
 import os
 import sys
 from asyncio.subprocess import Process
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -80,12 +80,12 @@ async def start_part(settings: Settings, role: str, arguments: list[str]) -> Par
     return Part(role, process, log, ready)
 
 
-async def run_up(settings: Settings, until: asyncio.Event, tell: Callable[[str, str, str], None]) -> None:
+async def run_up(settings: Settings, lend_flags: Sequence[str], until: asyncio.Event, tell: Callable[[str, str, str], None]) -> None:
     """Run all parts until told to stop or one of them ends; `tell(base_url, key, node)` when calls can be made."""
     with only_one(settings.data, "up"):
         parts: list[Part] = []
         try:
-            starting = asyncio.create_task(_start(settings, parts), name="start")
+            starting = asyncio.create_task(_start(settings, lend_flags, parts), name="start")
             await _first(starting, asyncio.create_task(until.wait()))
             if until.is_set():
                 starting.cancel()
@@ -106,18 +106,15 @@ async def _first(*tasks: "asyncio.Task[Any]") -> None:
     await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
 
 
-async def _start(settings: Settings, parts: list[Part]) -> tuple[str, str]:
+async def _start(settings: Settings, lend_flags: Sequence[str], parts: list[Part]) -> tuple[str, str]:
     listen = BROKER_ANYWHERE if settings.hub.listen == LISTEN_DEFAULT else settings.hub.listen
     broker = ["--broker", settings.hub.broker] if settings.hub.broker else ["--listen", listen]
     parts.append(hub := await start_part(settings, "hub", broker))
     address = await hub.address()
+    models = [word for name in settings.node.models for word in ("--model", name)]
     gateway_flags = ["--hub", address, "--host", settings.gateway.host, "--port", str(settings.gateway.port)]
     parts.append(gateway := await start_part(settings, "gateway", gateway_flags))
-    parts.append(
-        node := await start_part(
-            settings, "lend", ["--hub", address, *(word for name in settings.node.models for word in ("--model", name))]
-        )
-    )
+    parts.append(node := await start_part(settings, "lend", ["--hub", address, "--with-up", *models, *lend_flags]))
     base_url, node_id = await asyncio.gather(gateway.address(), node.address())
     await until_ready(base_url)
     return base_url, node_id

@@ -17,7 +17,10 @@ app = typer.Typer(
 )
 models = typer.Typer(no_args_is_help=True, help="Models of the catalogue.")
 app.add_typer(models, name="models")
+lending = typer.Typer(help="Lend this machine: run a node.")
+app.add_typer(lending, name="lend")
 
+HUB = "nats://127.0.0.1:8422"
 Data = Annotated[Path | None, typer.Option("--data", metavar="DIR", help="Data folder (default: FALLOW_DATA, or the user's).")]
 HubAddress = Annotated[str, typer.Option("--hub", metavar="ADDRESS", help="The hub's broker, nats://host:port.")]
 SecretFile = Annotated[
@@ -38,13 +41,22 @@ def up(
     port: Annotated[int | None, typer.Option("--port", help="The gateway's port; 0: any free one. [default: 8400]")] = None,
     host: Annotated[str | None, typer.Option("--host", help="The gateway's address. [default: 127.0.0.1]")] = None,
     model: Models = None,
+    profile: Annotated[str | None, typer.Option("--profile", metavar="NAME", help="As in `fallow lend`. [default: dedicated]")] = None,
+    isolation: Annotated[str | None, typer.Option("--isolation", metavar="LEVEL", help="As in `fallow lend`. [default: auto]")] = None,
     ephemeral: Annotated[bool, typer.Option("--ephemeral", help="A data folder of its own that is removed at the end.")] = False,
     verbose: Verbose = False,
 ) -> None:
     """Run everything on this machine: broker, hub, gateway and one node."""
     from fallow.cli import processes
 
-    sys.exit(processes.up(data, port=port, host=host, models=model or None, ephemeral=ephemeral, verbose=verbose))
+    flags = {
+        "gateway.port": port,
+        "gateway.host": host,
+        "node.models": model or None,
+        "lend.profile": profile,
+        "lend.isolation": isolation,
+    }
+    sys.exit(processes.up(data, flags, ephemeral=ephemeral, verbose=verbose))
 
 
 @app.command()
@@ -66,7 +78,7 @@ def hub(
 
 @app.command()
 def gateway(
-    hub: HubAddress = "nats://127.0.0.1:8422",
+    hub: HubAddress = HUB,
     data: Data = None,
     port: Annotated[int | None, typer.Option("--port", help="0: any free one. [default: 8400]")] = None,
     host: Annotated[str | None, typer.Option("--host", help="[default: 127.0.0.1]")] = None,
@@ -80,23 +92,89 @@ def gateway(
     sys.exit(processes.gateway(data, hub, port=port, host=host, secret_file=secret_file, verbose=verbose, ready_fd=ready_fd))
 
 
-@app.command()
+def _data_of(context: typer.Context) -> Path | None:
+    """`fallow lend --data DIR status` means the same as `fallow lend status --data DIR`."""
+    return context.parent.params.get("data") if context.parent is not None else None
+
+
+@lending.callback(invoke_without_command=True)
 def lend(
-    hub: HubAddress = "nats://127.0.0.1:8422",
+    context: typer.Context,
+    hub: HubAddress = HUB,
     data: Data = None,
     model: Models = None,
     engine: Annotated[str, typer.Option("--engine", metavar="URL", help="An OpenAI-compatible server that runs already.")] = "",
+    profile: Annotated[
+        str | None, typer.Option("--profile", metavar="NAME", help="invisible, balanced, dedicated, night or quiet. [default: invisible]")
+    ] = None,
+    cores: Annotated[int | None, typer.Option("--cores", help="The most cores that engines use.")] = None,
+    hours: Annotated[str | None, typer.Option("--hours", metavar="FROM-TO", help="Local time, such as 22-7.")] = None,
+    isolation: Annotated[
+        str | None, typer.Option("--isolation", metavar="LEVEL", help="auto, bwrap, landlock or none. [default: auto]")
+    ] = None,
     slots: Annotated[int | None, typer.Option("--slots", help="Calls answered at the same time.")] = None,
     threads: Annotated[int | None, typer.Option("--threads", help="Threads of the engine.")] = None,
     secret_file: SecretFile = None,
     verbose: Verbose = False,
     ready_fd: ReadyFd = None,
+    with_up: Annotated[bool, typer.Option("--with-up", hidden=True)] = False,
 ) -> None:
     """Lend this machine: run a node."""
+    if context.invoked_subcommand is not None:
+        return
     from fallow.cli import processes
 
-    flags = {"node.models": model or None, "node.slots": slots, "node.threads": threads}
-    sys.exit(processes.lend(data, hub, flags, engine=engine, secret_file=secret_file, verbose=verbose, ready_fd=ready_fd))
+    flags = {
+        "node.models": model or None,
+        "node.slots": slots,
+        "node.threads": threads,
+        "lend.profile": profile,
+        "lend.cores": cores,
+        "lend.hours": hours,
+        "lend.isolation": isolation,
+    }
+    lending = processes.Lending(hub=hub, engine=engine, secret_file=secret_file, with_up=with_up)
+    sys.exit(processes.lend(data, flags, lending, verbose=verbose, ready_fd=ready_fd))
+
+
+@lending.command("status")
+def lend_status(context: typer.Context, data: Data = None, as_json: AsJson = False) -> None:
+    """Show what the node that runs here does, and why; and what it did today."""
+    from fallow.cli import owner
+
+    sys.exit(owner.status(data or _data_of(context), as_json=as_json))
+
+
+@lending.command("log")
+def lend_log(
+    context: typer.Context,
+    data: Data = None,
+    lines: Annotated[int, typer.Option("--lines", "-n", min=1, max=10_000, help="How many.")] = 30,
+    as_json: AsJson = False,
+) -> None:
+    """Show when and why the machine paused, and for how long."""
+    from fallow.cli import owner
+
+    sys.exit(owner.log(data or _data_of(context), lines=lines, as_json=as_json))
+
+
+@app.command()
+def pause(
+    lasting: Annotated[str, typer.Argument(metavar="[TIME]", help="Such as 2h or 90m; without it, until `fallow resume`.")] = "",
+    data: Data = None,
+) -> None:
+    """Stop lending this machine, at once."""
+    from fallow.cli import owner
+
+    sys.exit(owner.pause(data, lasting))
+
+
+@app.command()
+def resume(data: Data = None) -> None:
+    """Lend this machine again."""
+    from fallow.cli import owner
+
+    sys.exit(owner.resume(data))
 
 
 @app.command()

@@ -10,6 +10,8 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from fallow.apps.run import complain, run
 from fallow.apps.settings import Settings, load, secret_from_environment
 from fallow.cli.bar import Bar
@@ -39,7 +41,16 @@ def _secret(settings: Settings, secret_file: Path | None) -> str:
     return secret_from_environment() or read_secret(settings.data / SECRET_FILE)
 
 
-def up(data: Path | None, *, port: int | None, host: str | None, models: list[str] | None, ephemeral: bool, verbose: bool) -> int:
+class Lending(msgspec.Struct, frozen=True, kw_only=True):
+    """What `fallow lend` was told besides settings. `with_up`: it is a part of `fallow up`."""
+
+    hub: str
+    engine: str
+    secret_file: Path | None
+    with_up: bool
+
+
+def up(data: Path | None, flags: dict[str, Any], *, ephemeral: bool, verbose: bool) -> int:
     """`fallow up`."""
     from fallow.apps.up import run_up
 
@@ -48,12 +59,14 @@ def up(data: Path | None, *, port: int | None, host: str | None, models: list[st
         return 2
     temporary = Path(tempfile.mkdtemp(prefix="fallow-")) if ephemeral else None
     try:
-        settings = _read(temporary or data, {"gateway.port": port, "gateway.host": host, "node.models": models})
+        settings = _read(temporary or data, flags)
+        chosen = {name: flags[f"lend.{name}"] for name in ("profile", "isolation")}
+        lend_flags = [word for name, value in chosen.items() if value is not None for word in (f"--{name}", value)]
 
         async def main(until: asyncio.Event) -> None:
             await _have_weights(settings, until)
             if not until.is_set():
-                await run_up(settings, until, functools.partial(_greet, settings))
+                await run_up(settings, lend_flags, until, functools.partial(_greet, settings))
 
         return run(main, verbose=verbose)
     finally:
@@ -155,26 +168,25 @@ def gateway(
     return run(main, verbose=verbose)
 
 
-def lend(
-    data: Path | None,
-    hub: str,
-    flags: dict[str, Any],
-    *,
-    engine: str,
-    secret_file: Path | None,
-    verbose: bool,
-    ready_fd: int | None,
-) -> int:
+def lend(data: Path | None, flags: dict[str, Any], lending: Lending, *, verbose: bool, ready_fd: int | None) -> int:
     """`fallow lend`."""
-    from fallow.apps.node.main import run_node
+    from fallow.apps.node.main import Joining, run_node
 
-    settings = _read(data, flags, hub)
+    settings = _read(data, flags, lending.hub)
 
     async def main(until: asyncio.Event) -> None:
-        secret = _secret(settings, secret_file)
-        if not engine:
+        secret = _secret(settings, lending.secret_file)
+        if not lending.engine:
             await _have_weights(settings, until)
         if not until.is_set():
-            await run_node(settings, hub, secret, engine, until, ready_fd)
+            joining = Joining(
+                hub=lending.hub,
+                secret=secret,
+                engine=lending.engine,
+                with_up=lending.with_up,
+                reload=functools.partial(load, settings.data, flags),
+                ready=ready_fd,
+            )
+            await run_node(settings, joining, until)
 
     return run(main, verbose=verbose)

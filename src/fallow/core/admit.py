@@ -12,6 +12,8 @@ BODY_BYTES_MAX = 32 * 1024 * 1024
 BODIES_BYTES_MAX = 128 * 1024 * 1024
 """All request bodies that a node holds at once."""
 BUSY_RETRY_AFTER_MS = 2_000
+YIELDING_RETRY_AFTER_MS = 30_000
+"""What a caller is told when the only machine yields: owners come back for minutes, not for seconds."""
 WAITING_PER_SLOT = 2
 """How many calls may wait at a node for each slot."""
 LEASE_MS = 15_000
@@ -22,9 +24,11 @@ GATEWAY_RETRY_AFTER_MS = 1_000
 
 
 class Desk(msgspec.Struct, frozen=True, kw_only=True):
-    """What a node has on its hands."""
+    """What a node has on its hands. `yielding` is set while the owner needs the machine; `refuses` are organisations and countries."""
 
     leaving: bool
+    yielding: bool = False
+    refuses: Collection[str] = ()
     running: int
     slots: int
     waiting_max: int
@@ -38,6 +42,10 @@ def admit(request: Request, desk: Desk, offered: Mapping[str, Collection[str]]) 
     """
     if desk.leaving:
         return Failure(code="leaving", message="the node is leaving the network")
+    if desk.yielding:
+        return yielding()
+    if request.org_id in desk.refuses or request.country in desk.refuses:
+        return Failure(code="lender_refuses", message="the lender doesn't work for this organisation or country")
     if request.model not in offered:
         return Failure(code="model_not_here", message=f"the node doesn't offer {shortened(request.model)!r}")
     if request.path not in offered[request.model]:
@@ -51,6 +59,11 @@ def admit(request: Request, desk: Desk, offered: Mapping[str, Collection[str]]) 
     if desk.bodies_bytes + request.body_bytes > BODIES_BYTES_MAX:
         return Failure(code="busy", message="the node holds too many request bodies", retry_after_ms=BUSY_RETRY_AFTER_MS)
     return None
+
+
+def yielding() -> Failure:
+    """The owner needs the machine. That is no fault of the node's, and nothing of the call's is lost but time."""
+    return Failure(code="yielding", message="the owner of the machine needs it now", retry_after_ms=YIELDING_RETRY_AFTER_MS)
 
 
 def is_abandoned(leased_at_ms: int, *, now_ms: int) -> bool:

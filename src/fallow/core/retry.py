@@ -16,7 +16,9 @@ NODE_FAULTS = GONE | {
     "body_lost",
     "busy",
     "model_loading",
+    "yielding",
     "model_not_here",
+    "lender_refuses",
 }
 ENGINE_FAULTS = frozenset({"engine_failed", "engine_stalled"})
 

@@ -2,6 +2,8 @@
 
 import msgspec
 
+from fallow.model.measured import Choice
+
 SLOTS_MAX = 8
 CONTEXT_TOKENS_MAX = 8_192
 MEMORY_SHARE = 0.5
@@ -58,3 +60,10 @@ def size_encoder(*, cores_physical: int, weights_bytes: int, context_tokens: int
     """The size of an engine without a cache, for embeddings: one inference at a time, a few calls in its queue."""
     memory = ENCODER_FACTOR * weights_bytes + OVERHEAD_BYTES
     return EngineSize(threads=threads_for(cores_physical), slots=ENCODER_SLOTS, context_tokens=context_tokens, memory_bytes=memory)
+
+
+def tuned(size: EngineSize, choice: Choice) -> EngineSize:
+    """The size with what the self-benchmark chose; never more slots than fit, and the memory stays as it was."""
+    return msgspec.structs.replace(
+        size, threads=choice.threads, slots=min(size.slots, choice.slots), batch_tokens=min(size.batch_tokens, choice.batch_tokens)
+    )

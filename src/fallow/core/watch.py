@@ -64,7 +64,13 @@ class Kill(msgspec.Struct, frozen=True):
     why: Literal["stalled", "load_too_long", "not_stopped", "unwanted"]
 
 
-Event = Wanted | Unwanted | Loaded | Exited | Tick
+class Resumed(msgspec.Struct, frozen=True):
+    """The process goes on after it was stopped for so long: its time stood still."""
+
+    stopped_ms: int
+
+
+Event = Wanted | Unwanted | Loaded | Exited | Tick | Resumed
 Effect = Launch | Kill
 
 
@@ -92,6 +98,10 @@ def step(watch: Watch, event: Event, *, now_ms: int) -> tuple[Watch, tuple[Effec
         case "leaving", Exited():
             return replace(watch, phase="cold", since_ms=now_ms), ()
         case "cold" | "backing_off", Exited():
+            return watch, ()
+        case "loading" | "backing_off", Resumed(stopped_ms):
+            return replace(watch, since_ms=watch.since_ms + stopped_ms, until_ms=watch.until_ms + stopped_ms), ()
+        case "cold" | "ready" | "stopping" | "leaving", Resumed():
             return watch, ()
         case "loading", Tick() if now_ms > watch.until_ms:
             return replace(watch, phase="stopping", since_ms=now_ms), (Kill("load_too_long"),)

@@ -3,11 +3,14 @@
 import msgspec
 
 from fallow.model.ids import AttemptId, CallId, GatewayId, KeyId, NodeId, OrgId
-from fallow.model.needs import Needs
+from fallow.model.needs import COUNTRY_UNKNOWN, Needs
 
 
 class Call(msgspec.Struct, frozen=True, kw_only=True):
-    """What the gateway knows of a request once it is admitted. The body isn't here: it travels as the bytes that came."""
+    """What the gateway knows of a request once it is admitted. The body isn't here: it travels as the bytes that came.
+
+    `country` is the gateway's, as two letters: lenders may refuse some.
+    """
 
     id: CallId
     org_id: OrgId
@@ -18,6 +21,7 @@ class Call(msgspec.Struct, frozen=True, kw_only=True):
     body_bytes: int
     needs: Needs
     arrived_at_ms: int
+    country: str = COUNTRY_UNKNOWN
 
 
 class Attempt(msgspec.Struct, frozen=True, kw_only=True):

@@ -28,7 +28,10 @@ class Hardware(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Card(msgspec.Struct, frozen=True, kw_only=True):
-    """Who a node is. A higher `sequence` replaces a lower one. `signature` stays empty until nodes have keys."""
+    """Who a node is. A higher `sequence` replaces a lower one. `signature` stays empty until nodes have keys.
+
+    `refuses_…` are the callers whom its owner doesn't work for.
+    """
 
     node_id: NodeId
     org_id: OrgId
@@ -39,3 +42,5 @@ class Card(msgspec.Struct, frozen=True, kw_only=True):
     region: Word
     serves: frozenset[Ring]
     signature: bytes = b""
+    refuses_organisations: Annotated[frozenset[str], Meta(max_length=256)] = frozenset()
+    refuses_countries: Annotated[frozenset[str], Meta(max_length=256)] = frozenset()

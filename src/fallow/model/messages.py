@@ -4,7 +4,7 @@ Messages are arrays on the wire: a newer minor version may add fields at the end
 `seal` and `signature` are room for what a later version puts there; they are empty today.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 import msgspec
 from msgspec import Meta
@@ -13,14 +13,16 @@ from fallow.model.call import Grant
 from fallow.model.card import Card
 from fallow.model.errors import Failure
 from fallow.model.ids import AttemptId, CallId, GatewayId, KeyId, NodeId, OrgId
+from fallow.model.needs import COUNTRY_UNKNOWN
 from fallow.model.offer import Load, Offer
+from fallow.model.owner import State
 from fallow.model.receipt import Usage
 
 OFFERS_MAX = 64
 """What one node may offer."""
 LOAD_WAIT_MS_MAX = 600_000
 """The longest that a call may wait for its model to be loaded."""
-NodeState = Literal["run", "throttle", "pause", "leave"]
+NodeState = State
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
@@ -47,6 +49,7 @@ class Request(Message, frozen=True, kw_only=True, array_like=True, tag=1):
     seal: bytes = b""
     signature: bytes = b""
     load_wait_ms: Annotated[int, Meta(ge=0, le=LOAD_WAIT_MS_MAX)] | None = None
+    country: str = COUNTRY_UNKNOWN
 
 
 class BodyPart(Message, frozen=True, kw_only=True, array_like=True, tag=2):

@@ -11,6 +11,7 @@ ServiceTier = Literal["flex", "default", "priority"]
 Privacy = Literal["plain", "padded"]
 HardwareKind = Literal["cpu", "gpu"]
 Isolation = Literal["none", "landlock", "bwrap"]
+COUNTRY_UNKNOWN = "unknown"
 
 RINGS_DEFAULT: frozenset[Ring] = frozenset({"own", "partner"})
 

@@ -22,10 +22,12 @@ class Price(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Speed(msgspec.Struct, frozen=True, kw_only=True):
-    """Measured tokens per second of one stream; 0 until something was measured."""
+    """Measured tokens per second of one stream; 0 until something was measured. What embeds or ranks has a prefill only."""
 
     prefill_tokens_per_s: Rate = 0.0
     decode_tokens_per_s: Rate = 0.0
+    decode_by_streams: Annotated[tuple[tuple[int, Rate], ...], Meta(max_length=16)] = ()
+    """Tokens per second of all streams together, by how many there were."""
 
 
 class Offer(msgspec.Struct, frozen=True, kw_only=True):

@@ -134,3 +134,82 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
     until_ms: int | None = None
     grace_ms: int = 0
     unread: tuple[str, ...] = ()
+
+
+class Refusals(msgspec.Struct, frozen=True, kw_only=True):
+    """What and whom the owner doesn't work for. `paths` are the endpoints of the kinds of work refused."""
+
+    models: frozenset[str] = frozenset()
+    paths: frozenset[str] = frozenset()
+    organisations: frozenset[str] = frozenset()
+    countries: frozenset[str] = frozenset()
+
+
+class Work(msgspec.Struct, frozen=True, kw_only=True):
+    """What a machine did on one day, `day` being local (`2026-11-23`). `watt_s` is beyond idling, `usd` its electricity."""
+
+    day: str = ""
+    calls: int = 0
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+    uploaded_bytes: int = 0
+    cpu_s: float = 0.0
+    watt_s: float = 0.0
+    usd: float = 0.0
+    pauses: int = 0
+    paused_ms: int = 0
+
+
+class Entry(msgspec.Struct, frozen=True, kw_only=True):
+    """A line of the owner's log: a state, why, and how long it lasted; `at` is UTC in ISO 8601."""
+
+    at: str
+    state: State
+    reason: Reason
+    detail: str
+    lasted_ms: int
+
+
+class OwnerStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """What `fallow lend status` shows."""
+
+    node_id: str
+    profile: Profile
+    state: State
+    reason: Reason
+    detail: str
+    since: str
+    until: str | None
+    cores: int
+    unread: tuple[str, ...]
+    isolation: str
+    isolation_missing: tuple[str, ...]
+    models: tuple[str, ...]
+    running: int
+    today: Work
+    watts: float
+    watts_method: str
+    usd_per_kwh: float
+    settings_error: str = ""
+    needs_restart: tuple[str, ...] = ()
+
+
+class DeskRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """What a command on the same machine asks of a running node. `for_s` None: until the owner resumes."""
+
+    ask: Literal["status", "pause", "resume"]
+    for_s: Annotated[float, Meta(gt=0, le=10 * 365 * 86_400)] | None = None
+
+
+class DeskAnswer(msgspec.Struct, frozen=True, kw_only=True):
+    """What a command gets; `error` is empty if what it asked was done."""
+
+    error: str = ""
+    status: OwnerStatus | None = None
+
+
+class DeskAddress(msgspec.Struct, frozen=True, kw_only=True):
+    """Where the desk of a running node is."""
+
+    socket: str
+    pid: int

@@ -21,6 +21,7 @@ from fallow.model.card import Card, Hardware
 from fallow.model.ids import CallId, GatewayId, KeyId, NodeId, OrgId
 from fallow.model.needs import HardwareKind, Isolation, Needs, Ring
 from fallow.model.offer import Load, Offer, Price, Readiness, Speed
+from fallow.model.owner import State
 from fallow.model.quote import Place, Quote, Refuse
 
 PROMISE = settings(derandomize=True, deadline=None, max_examples=60)
@@ -66,6 +67,9 @@ def candidate(
     waiting_max: int = 2,
     elsewhere: int = 0,
     in_flight: int = 0,
+    state: State = "run",
+    refuses: Collection[str] = (),
+    refuses_countries: Collection[str] = (),
 ) -> Candidate:
     return Candidate(
         offer=Offer(
@@ -88,7 +92,10 @@ def candidate(
             isolation=isolation,
             region=region,
             serves=frozenset(serves),
+            refuses_organisations=frozenset(refuses),
+            refuses_countries=frozenset(refuses_countries),
         ),
+        state=state,
         load=Load(model=model, readiness=readiness, slots_free=slots, waiting=0, waiting_max=waiting_max, ready_in_ms=ready_in_ms),
         elsewhere=elsewhere,
         in_flight=in_flight,
@@ -157,6 +164,8 @@ STOPS: list[tuple[str, Call, Candidate, Candidate]] = [
     ("ring", call(replace(PLAIN, rings=frozenset({"market"}))), candidate(org="home"), candidate(org="stranger")),
     ("ring", call(), candidate(serves={"partner", "market"}), candidate(serves={"own"})),
     ("ring", call(FRIENDS), candidate(org="friend", serves={"own"}), candidate(org="friend", serves={"own", "partner"})),
+    ("lender_refuses", call(), candidate(refuses={"home"}), candidate(refuses={"friend"})),
+    ("lender_refuses", replace(call(), country="zz"), candidate(refuses_countries={"zz"}), candidate(refuses_countries={"unknown"})),
     ("region", call(replace(PLAIN, regions=frozenset({"eu-de", "eu-fr"}))), candidate(region="us"), candidate(region="eu-fr")),
     ("hardware", call(replace(PLAIN, hardware="gpu")), candidate(kind="cpu"), candidate(kind="gpu")),
     ("hardware", call(replace(PLAIN, hardware="cpu")), candidate(kind="gpu"), candidate(kind="cpu")),
@@ -164,6 +173,8 @@ STOPS: list[tuple[str, Call, Candidate, Candidate]] = [
     ("over_price", call(replace(PLAIN, price_max_micro_per_munit=50)), candidate(output_price=51), candidate(output_price=50)),
     ("over_price", call(replace(PLAIN, price_max_micro_per_munit=0)), candidate(output_price=1), candidate(output_price=0)),
     ("already_tried", call(), candidate("node-tried"), candidate("node-fresh")),
+    ("owner_is_back", call(), candidate(state="pause"), candidate(state="throttle")),
+    ("owner_is_back", call(), candidate(state="leave"), candidate(state="run")),
     ("engine_failed", call(), candidate(readiness="failed"), candidate(readiness="loading")),
     ("busy", call(), candidate(slots=2, waiting_max=2, in_flight=3, elsewhere=1), candidate(slots=2, waiting_max=2, in_flight=3)),
     ("busy", call(), candidate(slots=1, waiting_max=0, elsewhere=1), candidate(slots=1, waiting_max=0)),

@@ -191,4 +191,5 @@ def _request(call: Call, attempt: Attempt, body: bytes, load_wait_ms: int | None
         body_bytes=len(body),
         body=body if len(body) <= subjects.PART_BYTES_MAX else body[: subjects.PART_BYTES_MAX],
         load_wait_ms=load_wait_ms,
+        country=call.country,
     )

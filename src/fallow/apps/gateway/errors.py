@@ -31,6 +31,8 @@ TABLE: dict[str, Status] = {
     "no_capacity": Status(503, "server_error"),
     "no_node": Status(503, "server_error"),
     "busy": Status(503, "server_error"),
+    "yielding": Status(503, "server_error"),
+    "lender_refuses": Status(503, "server_error"),
     "leaving": Status(503, "server_error"),
     "model_loading": Status(503, "server_error"),
     "model_not_here": Status(503, "server_error"),
@@ -54,7 +56,7 @@ TABLE: dict[str, Status] = {
 MODELS_NAMED_MAX = 20
 RETRY_AFTER_MS = 2_000
 """For a 503 that doesn't know better."""
-_PASSING = frozenset({"no_nodes", "engine_failed", "already_tried", "offer_expired"})
+_PASSING = frozenset({"no_nodes", "engine_failed", "already_tried", "offer_expired", "owner_is_back"})
 
 Protocol = Literal["openai", "responses", "messages"]
 

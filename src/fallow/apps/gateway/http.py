@@ -38,7 +38,15 @@ class Api:
     """`/v1/…`."""
 
     def __init__(
-        self, gateway_id: GatewayId, calls: Calls, keys: Keys, roster: Roster, history: History, clock: Clock, metrics: Metrics
+        self,
+        gateway_id: GatewayId,
+        calls: Calls,
+        keys: Keys,
+        roster: Roster,
+        history: History,
+        clock: Clock,
+        metrics: Metrics,
+        country: str,
     ) -> None:
         self._gateway_id = gateway_id
         self._calls = calls
@@ -47,6 +55,7 @@ class Api:
         self._history = history
         self._clock = clock
         self._metrics = metrics
+        self._country = country
         self._bodies_bytes = 0
         self.calls_now = 0
         self.stopping = False
@@ -133,6 +142,7 @@ class Api:
             body_bytes=len(body),
             needs=needs,
             arrived_at_ms=self._clock.wall_ms(),
+            country=self._country,
         )
 
     def _contexts(self) -> dict[str, int]:

@@ -24,13 +24,14 @@ from fallow.apps.run import tell_ready
 from fallow.apps.settings import ADDRESS_FILE, Settings
 from fallow.core.relay import BusLost
 from fallow.model.ids import GatewayId
+from fallow.model.needs import COUNTRY_UNKNOWN
 from fallow.ports import Bus, Clock
 
 
 class Gateway:
     """All parts of a gateway on a bus; `app` is the ASGI application."""
 
-    def __init__(self, gateway_id: GatewayId, bus: Bus, clock: Clock) -> None:
+    def __init__(self, gateway_id: GatewayId, bus: Bus, clock: Clock, country: str = COUNTRY_UNKNOWN) -> None:
         metrics = Metrics()
         self.bus = bus
         self.exchange = Exchange(gateway_id, bus, clock)
@@ -38,7 +39,7 @@ class Gateway:
         self.keys = Keys(bus, clock)
         self.calls = Calls(self.exchange, self.roster, clock, metrics)
         self.history = History(clock)
-        self.api = Api(gateway_id, self.calls, self.keys, self.roster, self.history, clock, metrics)
+        self.api = Api(gateway_id, self.calls, self.keys, self.roster, self.history, clock, metrics, country)
         self._admin: Any = make_admin(Admin(self.exchange, self.roster, self.keys, bus, clock, metrics))
 
     async def app(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -75,7 +76,7 @@ async def run_gateway(settings: Settings, hub: str, secret: str, until: asyncio.
         gateway_id = GatewayId("gw-" + secrets.token_hex(6))
         bus = NatsBus(hub, secret, gateway_id)
         await bus.connect()
-        gateway = Gateway(gateway_id, bus, SystemClock())
+        gateway = Gateway(gateway_id, bus, SystemClock(), settings.organisation.country)
         server = make_server(gateway.app, gateway.end_calls)
         closing = asyncio.Event()
         address = settings.data / ADDRESS_FILE

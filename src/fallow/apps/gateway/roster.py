@@ -98,7 +98,16 @@ class Roster:
                     continue
                 key = (node_id, offer.model)
                 elsewhere = core.elsewhere(offer, load, ours_at_beat=self._at_beat.get(key, 0))
-                found.append(Candidate(offer=offer, card=member.card, load=load, elsewhere=elsewhere, in_flight=self._in_flight[key]))
+                found.append(
+                    Candidate(
+                        offer=offer,
+                        card=member.card,
+                        load=load,
+                        state=member.state,
+                        elsewhere=elsewhere,
+                        in_flight=self._in_flight[key],
+                    )
+                )
         return found
 
     def began(self, node_id: NodeId, model: str) -> None:

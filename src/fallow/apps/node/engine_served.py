@@ -13,7 +13,7 @@ from fallow.apps.node.supervisor import Supervisor
 from fallow.core.residency import Resident
 from fallow.model.errors import EngineFailed, EngineStalled, Failure
 from fallow.model.messages import Head
-from fallow.model.offer import Load
+from fallow.model.offer import Load, Speed
 from fallow.model.receipt import Usage
 from fallow.ports import Clock, Engine, EngineAnswer
 
@@ -34,6 +34,8 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     dimensions: int | None = None
     may_shorten: bool = False
     control_tokens: tuple[str, ...] = ()
+    threads: int = 1
+    speed: Speed = Speed()
 
 
 class EngineServed(Lane, abc.ABC):
@@ -44,7 +46,14 @@ class EngineServed(Lane, abc.ABC):
         """See Served."""
 
     def __init__(self, facts: Facts, *, supervisor: Supervisor, engine: Engine, room: Room, clock: Clock, load_wait_s: float) -> None:
-        super().__init__(model=facts.model, slots=facts.slots, context_tokens=facts.context_tokens, digest=facts.digest, paths=facts.paths)
+        super().__init__(
+            model=facts.model,
+            slots=facts.slots,
+            context_tokens=facts.context_tokens,
+            digest=facts.digest,
+            paths=facts.paths,
+            speed=facts.speed,
+        )
         self.facts = facts
         self.supervisor = supervisor
         self.engine = engine

@@ -11,6 +11,7 @@ from fallow.apps.node.served import Answer, Refused, Served
 from fallow.core import credit
 from fallow.model import messages as m
 from fallow.model.errors import BodyLost, BrokerLost, Failure, FallowError
+from fallow.model.receipt import Usage
 from fallow.ports import Clock
 
 BODY_WAIT_S = 15.0
@@ -32,6 +33,7 @@ class Job:
         self._arrived = asyncio.Event()
         self.leased_at_ms = clock.now_ms()
         self.task: asyncio.Task[None] | None = None
+        self.usage: Usage | None = None
 
     def take_body(self, part: m.BodyPart) -> None:
         """More of the body; what doesn't follow on is dropped, and the wait for it runs out."""
@@ -92,6 +94,7 @@ class Job:
                 if head is not None and (piece.is_last or not head.engine_us):
                     head = msgspec.structs.replace(head, engine_us=_now_us() - asked_us)
                 if piece.is_last:
+                    self.usage = answer.usage
                     await self.outlet.finish(piece.data, head, answer.usage)
                     log.info("attempt done: %s", answer.usage)
                     return

@@ -1,138 +1,123 @@
-"""From an entry of the catalogue to a model that the node serves: its files, its size, its engine."""
+"""From an entry of the catalogue to a model that the node serves: measured once, sized, and with an engine in its jail."""
 
+import functools
+import logging
+import os
 from pathlib import Path
 
 import msgspec
 
-from fallow.adapters import machine
+from fallow.adapters import machine, rapl
+from fallow.adapters.cgroup import Cgroups
 from fallow.adapters.http_engine import HttpEngine
+from fallow.adapters.jail import Jail
 from fallow.adapters.llama_process import LlamaProcess
-from fallow.adapters.model_file import inspect
+from fallow.adapters.measurements import Measurements, key_of
 from fallow.adapters.onnx_process import OnnxProcess
+from fallow.adapters.senses.cpu import OthersCpu
 from fallow.adapters.store import Store
 from fallow.apps.node.engine_served import EngineServed, Facts
+from fallow.apps.node.measuring import known_or_measured
 from fallow.apps.node.room import Room
-from fallow.apps.node.supervisor import Launcher, Supervisor
+from fallow.apps.node.subject import Sources, Subject, subject_of
+from fallow.apps.node.supervisor import Supervisor
 from fallow.apps.node.text_served import TEXT_PATHS, TextServed
 from fallow.apps.node.vector_served import EMBEDDING_PATHS, RERANK_PATHS, VectorServed
 from fallow.apps.settings import Settings
-from fallow.core.sizing import EngineSize, size_encoder, size_engine
-from fallow.model.errors import BadModelFile, StartFailed
-from fallow.model.weights import Role, Weights
+from fallow.core import tuning
+from fallow.core.sizing import EngineSize, tuned
+from fallow.model.errors import EngineFailed
+from fallow.model.measured import Measured, Work
+from fallow.model.offer import Speed
+from fallow.model.owner import Unknown
+from fallow.model.weights import Weights
 from fallow.ports import Clock
-from fallow.wire.gguf_header import GgufHeader
-from fallow.wire.onnx_header import OnnxHeader
 
-ENCODER_CONTEXT_TOKENS = 512
-"""For an encoder whose entry doesn't tell."""
+PATHS: dict[Work, frozenset[str]] = {"text": TEXT_PATHS, "embeddings": EMBEDDING_PATHS, "rerank": RERANK_PATHS}
+
+BUSY_CORES = 0.3
+"""What others may use while a model is measured; else the figures say more about them, and aren't kept."""
+
+log = logging.getLogger("fallow.node")
 
 
 class Loader:
-    """Makes what the node serves, within one room."""
+    """Makes what the node serves, within one room. `cores_max` is what the owner lends."""
 
-    def __init__(self, settings: Settings, folder: Path, room: Room, clock: Clock) -> None:
+    def __init__(self, settings: Settings, folder: Path, room: Room, clock: Clock, *, jail: Jail, cgroups: Cgroups, cores_max: int) -> None:
         self._settings = settings
-        self._folder = folder
         self._room = room
         self._clock = clock
-        self._store = Store(settings.models_folder)
+        self._cores_max = cores_max
         self._made = 0
+        self._sources = Sources(
+            store=Store(settings.models_folder),
+            folder=folder,
+            memory_limit_bytes=room.limit_bytes,
+            llama=functools.partial(LlamaProcess, jail=jail, cgroups=cgroups),
+            onnx=functools.partial(OnnxProcess, jail=jail, cgroups=cgroups),
+        )
 
-    def load(self, weights: Weights) -> EngineServed:
+    def find(self, weights: Weights) -> Subject:
         """A model whose files are here; raises StartFailed if it is too large, BadModelFile, MissingExtra."""
-        path, digest = self._file(weights, "model")
-        header = inspect(path)
+        threads = self._settings.node.threads
+        return subject_of(weights, self._sources, threads=(threads,) if threads else tuning.candidates(self._cores_max))
+
+    async def measure(self, subject: Subject) -> Measured | None:
+        """How fast it is here: remembered, or seen now. None if the engine can't be asked; it is then lent unmeasured."""
+        key = key_of(machine.read_hardware(), self._cores_max)
+        others = OthersCpu([os.getpid()])
+        others.sample()
+
+        def was_quiet() -> bool:
+            busy = others.sample()
+            return isinstance(busy, Unknown) or busy < BUSY_CORES
+
+        cache = Measurements(self._settings.models_folder)
+        try:
+            return await known_or_measured(subject, cache, key, self._clock, meter=rapl.open_meter(), was_quiet=was_quiet)
+        except EngineFailed as error:
+            log.warning("%s could not be measured: %s", subject.model, error)
+            return None
+
+    def load(self, weights: Weights, subject: Subject, measured: Measured | None) -> EngineServed:
+        """What the node serves; raises StartFailed if it is too large."""
         self._made += 1
-        if isinstance(header, OnnxHeader):
-            return self._encoder(weights, path, digest)
-        if header.holds != "model":
-            raise BadModelFile(f"{path.name} holds {header.holds!r} and not a model")
-        return self._llama(weights, path, digest, header)
-
-    def _file(self, weights: Weights, role: Role) -> tuple[Path, str]:
-        file = weights.file(role)
-        if file is None:
-            raise StartFailed(f"{weights.name} has no {role} file in the catalogue; `fallow models show {weights.name}` tells what it has")
-        path, known = self._store.path(weights.name, file), self._store.known(weights.name, file)
-        if path is None or known is None:
-            raise StartFailed(f"{file.filename} of {weights.name} is not here; run `fallow models pull {weights.name}`")
-        return path, known.sha256
-
-    def _sized(self, size: EngineSize) -> EngineSize:
-        node = self._settings.node
-        return msgspec.structs.replace(size, threads=node.threads or size.threads, slots=node.slots or size.slots)
-
-    def _llama(self, weights: Weights, path: Path, digest: str, header: GgufHeader) -> EngineServed:
-        size = size_engine(
-            cores_physical=machine.physical_cores(),
-            memory_limit_bytes=self._room.limit_bytes,
-            weights_bytes=path.stat().st_size,
-            context_tokens=weights.context_tokens or header.context_tokens,
-            kv_bytes_per_token=header.kv_bytes_per_token,
-        )
-        if size is None:
-            need_mb, limit_mb = path.stat().st_size // 2**20 + 250, self._room.limit_bytes // 2**20
-            raise StartFailed(
-                f"{weights.name} needs about {need_mb} MB, engines may use {limit_mb} MB here; "
-                "raise [node] memory_gb, free some memory, or choose a smaller model"
-            )
-        size = self._sized(size)
-        pooling = "" if header.kind == "text" else weights.pooling or header.pooling or "mean"
-        launch = LlamaProcess(
-            weights=path, weights_sha256=digest, model=weights.name, size=size, folder=self._folder, name=self._name, pooling=pooling
-        )
+        size = self._sized(subject.size, measured)
+        launch = subject.launch(size, f"e{self._made}")
         facts = Facts(
-            model=weights.name,
-            digest=digest,
+            model=subject.model,
+            digest=subject.digest,
             context_tokens=size.context_tokens,
             slots=size.slots,
-            memory_bytes=size.memory_bytes,
-            paths=TEXT_PATHS if header.kind == "text" else RERANK_PATHS if pooling == "rank" else EMBEDDING_PATHS,
-            dimensions=weights.dimensions or header.embedding_length,
-            may_shorten=weights.shorter_dimensions,
-            control_tokens=header.control_tokens,
-        )
-        return self._served(TextServed if header.kind == "text" else VectorServed, facts, launch, path)
-
-    def _encoder(self, weights: Weights, path: Path, digest: str) -> EngineServed:
-        tokenizer, tokenizer_digest = self._file(weights, "tokenizer")
-        size = self._sized(
-            size_encoder(
-                cores_physical=machine.physical_cores(),
-                weights_bytes=path.stat().st_size,
-                context_tokens=weights.context_tokens or ENCODER_CONTEXT_TOKENS,
-            )
-        )
-        launch = OnnxProcess(
-            weights=path,
-            weights_sha256=digest,
-            tokenizer=tokenizer,
-            tokenizer_sha256=tokenizer_digest,
-            name=self._name,
             threads=size.threads,
-            pooling="cls" if weights.pooling == "cls" else "mean",
-            context_tokens=size.context_tokens,
-            folder=self._folder,
-        )
-        facts = Facts(
-            model=weights.name,
-            digest=digest,
-            context_tokens=size.context_tokens,
-            slots=size.slots,
             memory_bytes=size.memory_bytes,
-            paths=EMBEDDING_PATHS,
-            dimensions=weights.dimensions,
+            paths=PATHS[subject.work],
+            dimensions=subject.dimensions,
             may_shorten=weights.shorter_dimensions,
+            control_tokens=subject.control_tokens,
+            speed=speed_of(measured),
         )
-        return self._served(VectorServed, facts, launch, path)
-
-    @property
-    def _name(self) -> str:
-        """The socket's: short, since its path has little room."""
-        return f"e{self._made}"
-
-    def _served(self, kind: type[EngineServed], facts: Facts, launch: Launcher, path: Path) -> EngineServed:
         client = HttpEngine(str(launch.socket))
         node = self._settings.node
-        supervisor = Supervisor(launch, client, self._clock, weights_bytes=path.stat().st_size, stall_ms=int(node.stall_s * 1000))
+        supervisor = Supervisor(launch, client, self._clock, weights_bytes=subject.weights_bytes, stall_ms=int(node.stall_s * 1000))
+        kind = TextServed if subject.work == "text" else VectorServed
         return kind(facts, supervisor=supervisor, engine=client, room=self._room, clock=self._clock, load_wait_s=node.load_wait_s)
+
+    def _sized(self, size: EngineSize, measured: Measured | None) -> EngineSize:
+        """What the owner set wins over what was measured."""
+        node = self._settings.node
+        if measured is not None:
+            size = tuned(size, measured.choice)
+        return msgspec.structs.replace(size, threads=node.threads or min(size.threads, self._cores_max), slots=node.slots or size.slots)
+
+
+def speed_of(measured: Measured | None) -> Speed:
+    """What an offer says of it."""
+    if measured is None:
+        return Speed()
+    return Speed(
+        prefill_tokens_per_s=measured.prefill_tokens_per_s,
+        decode_tokens_per_s=measured.decode_tokens_per_s,
+        decode_by_streams=measured.decode_by_streams,
+    )

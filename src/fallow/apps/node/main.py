@@ -1,117 +1,185 @@
-"""The node's process: what it serves, and where."""
+"""The node's process: what it serves, where, and for whom."""
 
 import asyncio
+import os
 import shutil
 import tempfile
+from collections.abc import Callable, Coroutine
 from pathlib import Path
-from urllib.parse import urlsplit
+from typing import TypeVar
 
-from fallow.adapters import machine
+import msgspec
+
+from fallow.adapters import cgroup, machine
 from fallow.adapters.catalogue import load_catalogue
 from fallow.adapters.clock import SystemClock
 from fallow.adapters.engine_process import SOCKET_PATH_MAX
 from fallow.adapters.fetch import Options, fetch
 from fallow.adapters.files import make_folder, only_one, read_or_make
-from fallow.adapters.http_engine import HttpEngine
+from fallow.adapters.jail import NO_JAIL, Jail, detect
 from fallow.adapters.nats_bus import NatsBus
-from fallow.apps.node.attached import AttachedServed, find_models
+from fallow.adapters.owner_record import OwnerRecord
+from fallow.apps.node.attached import attach
+from fallow.apps.node.limits import limits_of
 from fallow.apps.node.loading import Loader
 from fallow.apps.node.node import Node
+from fallow.apps.node.owner_side import OwnerSide
+from fallow.apps.node.pricing import Pricing
 from fallow.apps.node.room import Room
 from fallow.apps.node.served import Served
 from fallow.apps.run import tell_ready
 from fallow.apps.settings import Settings
 from fallow.core.sizing import memory_limit
-from fallow.model.card import Card
-from fallow.model.errors import BadFlag, StartFailed
+from fallow.model.card import Card, Hardware
+from fallow.model.errors import StartFailed
 from fallow.model.ids import NodeId, OrgId
+from fallow.model.measured import Measured
+from fallow.model.owner import Profile
 from fallow.ports import Clock
 
-ATTACHED_SLOTS = 64
 CARD_LIFE_MS = 24 * 3_600_000
 SOCKET_NAME = "e99"
 LOAD_POLL_S = 0.1
 
+T = TypeVar("T")
 
-async def run_node(settings: Settings, hub: str, secret: str, engine: str, until: asyncio.Event, ready: int | None) -> None:
+
+class Joining(msgspec.Struct, frozen=True, kw_only=True):
+    """What `fallow lend` was told besides settings. `reload` reads the settings again, with the same flags over them."""
+
+    hub: str
+    secret: str
+    engine: str
+    with_up: bool
+    reload: Callable[[], Settings]
+    ready: int | None
+
+
+async def run_node(settings: Settings, joining: Joining, until: asyncio.Event) -> None:
     """Lend this machine until told to stop; raises StartFailed, FetchFailed, MissingExtra."""
     with only_one(settings.data, "node"):
         node_id = NodeId(read_or_make(settings.data / "node_id", prefix="node-", length=4))
         clock = SystemClock()
-        run_folder = _socket_folder(settings.data)
+        folder = _socket_folder(settings.data)
         try:
-            served = await _attached(engine, settings) if engine else await _packaged(settings, run_folder, clock)
-            bus = NatsBus(hub, secret, node_id)
+            default: Profile = "dedicated" if joining.with_up else "invisible"
+            if joining.engine:
+                lent = await _until_told(_attached(joining.engine, settings), until)
+            else:
+                lent = await _until_told(_packaged(settings, folder, default, clock), until)
+            if lent is None:
+                return
+            served = lent.served
+            owner = OwnerSide(
+                settings,
+                served,
+                jail=lent.jail,
+                default=default,
+                roots=[os.getppid() if joining.with_up else os.getpid()],
+                pricing=Pricing(settings, lent.measured),
+                reload=joining.reload,
+                clock=clock,
+            )
+            bus = NatsBus(joining.hub, joining.secret, node_id)
             await bus.connect()
             try:
-                node = Node(_card(node_id, settings, clock), served, bus, clock)
+                node = Node(_card(node_id, settings, lent, clock), served, bus, clock)
                 async with asyncio.TaskGroup() as group:
+                    keeping = group.create_task(owner.run(folder), name="owner")
                     serving = group.create_task(node.run(until), name="node")
-                    loading = group.create_task(_tell_when_ready(served, ready, node_id), name="ready")
-                    serving.add_done_callback(lambda _: loading.cancel())
+                    loading = group.create_task(_tell_when_ready(owner, node, served, joining.ready), name="ready")
+                    serving.add_done_callback(lambda _: (loading.cancel(), keeping.cancel()))
                     await until.wait()
                     loading.cancel()
             finally:
                 await bus.close()
         finally:
-            shutil.rmtree(run_folder, ignore_errors=True)
+            shutil.rmtree(folder, ignore_errors=True)
 
 
-async def _tell_when_ready(served: list[Served], ready: int | None, node_id: NodeId) -> None:
-    """Load the first model before anybody calls, then say that we are ready; raises StartFailed if it can't be loaded."""
+async def _until_told(work: Coroutine[None, None, T], until: asyncio.Event) -> T | None:
+    """What comes of it, or None if we are told to stop first."""
+    working, stop = asyncio.ensure_future(work), asyncio.ensure_future(until.wait())
+    try:
+        await asyncio.wait([working, stop], return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return working.result()
+        working.cancel()
+        await asyncio.wait([working])
+        return None
+    finally:
+        stop.cancel()
+
+
+async def _tell_when_ready(owner: OwnerSide, node: Node, served: list[Served], ready: int | None) -> None:
+    """Load the first model before anybody calls, then say that we are ready; raises StartFailed if it can't be loaded.
+
+    A machine whose owner needs it now is ready too: it will load when it may.
+    """
     await asyncio.sleep(0)  # the node's task starts the supervisors first
-    while (failure := await served[0].ready()) is not None:
+    await owner.gatekeeper.looked.wait()
+    owner.join(node)
+    while owner.may_work() and (failure := await served[0].ready()) is not None:
         if failure.code == "engine_failed":
             raise StartFailed(f"{served[0].model} can't be loaded: {failure.message}")
         await asyncio.sleep(LOAD_POLL_S)
-    tell_ready(ready, node_id, f"Lending {', '.join(one.model for one in served)} as {node_id}; Ctrl-C stops it.")
+    words = f"Lending {', '.join(one.model for one in served)} as {node.card.node_id}; Ctrl-C stops it."
+    if not owner.may_work():
+        words += f" Not now: {owner.gatekeeper.verdict.detail}."
+    tell_ready(ready, node.card.node_id, words)
 
 
-def _card(node_id: NodeId, settings: Settings, clock: Clock) -> Card:
+def _card(node_id: NodeId, settings: Settings, lent: "Lent", clock: Clock) -> Card:
     now = clock.wall_ms()
     return Card(
         node_id=node_id,
         org_id=OrgId(settings.organisation.id),
         sequence=now,
         expires_at_ms=now + CARD_LIFE_MS,
-        hardware=machine.read_hardware(),
-        isolation="none",
+        hardware=lent.hardware,
+        isolation=lent.jail.level,
         region=settings.node.region,
         serves=frozenset({"own", "partner"}),
     )
 
 
-async def _packaged(settings: Settings, folder: Path, clock: Clock) -> list[Served]:
+class Lent(msgspec.Struct, frozen=True, kw_only=True):
+    """What is lent, by what, and what is known of its speed."""
+
+    served: list[Served]
+    hardware: Hardware
+    jail: Jail
+    measured: dict[str, Measured]
+
+
+async def _packaged(settings: Settings, folder: Path, default: Profile, clock: Clock) -> Lent:
     """All models that this machine lends, their files fetched; raises StartFailed, FetchFailed, MissingExtra."""
+    jail = await asyncio.to_thread(detect, settings.lend.isolation)
+    groups = await asyncio.to_thread(cgroup.detect)
+    limits = limits_of(settings, default=default, cores_physical=machine.physical_cores(), cores=machine.usable_cpus())
     limit = memory_limit(memory_free_bytes=machine.free_memory_bytes(), wanted_gb=settings.node.memory_gb)
-    loader = Loader(settings, folder, Room(limit), clock)
+    loader = Loader(settings, folder, Room(limit), clock, jail=jail, cgroups=groups, cores_max=limits.cores_max)
     catalogue = load_catalogue(settings.data)
     served: list[Served] = []
+    measured: dict[str, Measured] = {}
+    may_measure = settings.lend.measure and OwnerRecord(settings.data).paused_until_wall_ms is None
     for name in dict.fromkeys(catalogue.find(name).name for name in settings.node.models):
         weights = catalogue.find(name)
         await asyncio.to_thread(fetch, weights, settings.models_folder, options=Options(budget_bytes=settings.models.disk_bytes))
-        served.append(loader.load(weights))
-    return served
+        subject = loader.find(weights)
+        known = await loader.measure(subject) if may_measure else None
+        if known is not None:
+            measured[subject.model] = known
+        served.append(loader.load(weights, subject, known))
+    memory_speed = next((one.memory_bytes_per_s for one in measured.values()), None)
+    hardware = machine.read_hardware(memory_bytes_per_s=memory_speed)
+    return Lent(served=served, hardware=hardware, jail=jail, measured=measured)
 
 
-async def _attached(address: str, settings: Settings) -> list[Served]:
-    client = HttpEngine(_endpoint(address))
-    slots = settings.node.slots or ATTACHED_SLOTS
-    return [AttachedServed(model=name, engine=client, slots=slots) for name in await find_models(client)]
-
-
-def _endpoint(address: str) -> str:
-    """`http://host:port[/v1]` or `unix:/path` as the engine's client takes it; raises BadFlag."""
-    if address.startswith("unix:/"):
-        return address.removeprefix("unix:")
-    try:
-        parts = urlsplit(address)
-        port = parts.port or 80
-    except ValueError:
-        parts, port = urlsplit(""), 0
-    if parts.scheme != "http" or not parts.hostname or parts.path.rstrip("/") not in ("", "/v1"):
-        raise BadFlag(f"--engine: {address!r} should look like http://localhost:11434/v1 or unix:/path/of.sock")
-    return f"{parts.hostname}:{port}"
+async def _attached(address: str, settings: Settings) -> Lent:
+    """Everything that the lender's own server lists. What keeps that apart from their machine is theirs too."""
+    found = await attach(address, settings)
+    return Lent(served=list(found.served), hardware=found.hardware, jail=NO_JAIL, measured={})
 
 
 def _socket_folder(data: Path) -> Path:

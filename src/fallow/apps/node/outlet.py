@@ -23,7 +23,7 @@ class Outlet:
         self._clock = clock
         self._room = asyncio.Event()
         self._until_bytes = credit.ANSWER_WINDOW_BYTES
-        self._sent_bytes = 0
+        self.sent_bytes = 0
         self._index = 0
         self._said_at_ms = clock.now_ms()
         self.has_said = False
@@ -40,7 +40,7 @@ class Outlet:
             await self._have_room()
             await self.say(m.Part(index=self._index, data=piece, head=None if at else head))
             self._index += 1
-            self._sent_bytes += len(piece)
+            self.sent_bytes += len(piece)
 
     async def finish(self, data: bytes, head: m.Head | None, usage: Usage | None) -> None:
         """The last piece."""
@@ -69,7 +69,7 @@ class Outlet:
         await self._bus.publish(self._subject, codec.encode(message))
 
     async def _have_room(self) -> None:
-        while self._sent_bytes >= self._until_bytes:
+        while self.sent_bytes >= self._until_bytes:
             self._room.clear()
             try:
                 async with asyncio.timeout(ROOM_S_MAX):

@@ -4,11 +4,15 @@ import asyncio
 import contextlib
 from collections.abc import Callable, Sequence
 
+import msgspec
+
 from fallow.apps.node.served import Served
 from fallow.core import roster
 from fallow.model import messages as m
 from fallow.model.card import Card
 from fallow.model.errors import BrokerLost
+from fallow.model.offer import Offer
+from fallow.model.owner import Refusals
 from fallow.ports import Bus, Clock
 from fallow.wire import codec, subjects
 
@@ -29,10 +33,17 @@ class Pulse:
         self._clock = clock
         self._sequence = clock.wall_ms()
         self._asked = asyncio.Event()
+        self._refusals = Refusals()
         self.state: m.NodeState = "run"
 
     def introduce(self) -> None:
         """Somebody doesn't know us yet."""
+        self._asked.set()
+
+    def change(self, card: Card, refusals: Refusals) -> None:
+        """The owner allows something else: everyone gets the card and the offers anew, at once."""
+        self._card = card
+        self._refusals = refusals
         self._asked.set()
 
     async def run(self) -> None:
@@ -63,8 +74,16 @@ class Pulse:
             sequence=self._sequence,
             state=self.state,
             card_sequence=self._card.sequence,
-            loads=tuple(one.load(running=self._running(one)) for one in self._served),
+            loads=tuple(one.load(running=self._running(one)) for one in self._offered()),
             card=self._card if full else None,
-            offers=tuple(one.offer(node_id, expires) for one in self._served) if full else None,
+            offers=tuple(self._offer(one, expires) for one in self._offered()) if full else None,
         )
         await self._bus.publish(subjects.heartbeat(node_id), codec.encode(beat))
+
+    def _offered(self) -> list[Served]:
+        refused = self._refusals
+        return [one for one in self._served if one.model not in refused.models and one.paths - refused.paths]
+
+    def _offer(self, one: Served, expires_at_ms: int) -> Offer:
+        offer = one.offer(self._card.node_id, expires_at_ms)
+        return msgspec.structs.replace(offer, paths=offer.paths - self._refusals.paths) if self._refusals.paths else offer

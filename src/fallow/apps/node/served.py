@@ -69,7 +69,17 @@ class Served(Protocol):
 class Lane:
     """Where calls for one model queue at a node, and what the node offers of it."""
 
-    def __init__(self, *, model: str, slots: int, context_tokens: int, digest: str, paths: frozenset[str]) -> None:
+    def __init__(
+        self,
+        *,
+        model: str,
+        slots: int,
+        context_tokens: int,
+        digest: str,
+        paths: frozenset[str],
+        speed: Speed | None = None,
+        price: Price | None = None,
+    ) -> None:
         self.model = model
         self.slots = slots
         self.waiting_max = WAITING_PER_SLOT * slots
@@ -78,6 +88,8 @@ class Lane:
         self.calls = 0
         self._context_tokens = context_tokens
         self._digest = digest
+        self._speed = speed or Speed()
+        self.price = price or Price()
 
     def offer(self, node_id: NodeId, expires_at_ms: int) -> Offer:
         return Offer(
@@ -86,8 +98,8 @@ class Lane:
             paths=self.paths,
             context_tokens=self._context_tokens,
             model_digest=self._digest,
-            speed=Speed(),
-            price=Price(),
+            speed=self._speed,
+            price=self.price,
             slots=self.slots,
             expires_at_ms=expires_at_ms,
         )

@@ -9,6 +9,7 @@ from typing import Protocol
 
 from fallow.adapters import children
 from fallow.adapters.http_engine import HttpEngine
+from fallow.adapters.reins import Reins
 from fallow.core import watch
 from fallow.model.errors import BadChecksum
 from fallow.model.offer import Readiness
@@ -41,10 +42,12 @@ class Supervisor:
         self._clock = clock
         self._watch = watch.Watch(weights_bytes=weights_bytes, stall_ms=stall_ms)
         self._process: Process | None = None
+        self.reins = Reins()
         self._group: asyncio.TaskGroup | None = None
         self._ready = asyncio.Event()
         self.running = 0
         self._moved_at_ms = 0
+        self._stopped_at_ms = 0
         self.has_stalled = False
 
     async def run(self) -> None:
@@ -53,7 +56,7 @@ class Supervisor:
             async with asyncio.TaskGroup() as group:
                 self._group = group
                 while True:
-                    self._step(watch.Tick(running=self.running, progress_at_ms=self._moved_at_ms))
+                    self._tick()
                     await asyncio.sleep(TICK_S)
         finally:
             self._group = None
@@ -61,6 +64,17 @@ class Supervisor:
                 await asyncio.shield(children.kill(self._process))
             self._engine.close()
             self._launch.clean_up()
+
+    def _tick(self) -> None:
+        """A stopped engine has no time: it neither stalls nor loads too long."""
+        if self.reins.is_stopped:
+            self._stopped_at_ms = self._stopped_at_ms or self._clock.now_ms()
+            return
+        if self._stopped_at_ms:
+            self.moved()
+            self._step(watch.Resumed(self._clock.now_ms() - self._stopped_at_ms))
+            self._stopped_at_ms = 0
+        self._step(watch.Tick(running=self.running, progress_at_ms=self._moved_at_ms))
 
     def want(self) -> None:
         """Start the engine if it isn't there."""
@@ -122,11 +136,13 @@ class Supervisor:
                 case watch.Kill(why=why):
                     log.warning("engine killed: %s", why)
                     self.has_stalled |= why == "stalled"
-                    self._group.create_task(self._kill(), name="engine kill")
+                    if self._process is not None:
+                        self._group.create_task(children.kill(self._process), name="engine kill")
 
     async def _start(self) -> None:
         try:
             self._process = process = await self._launch.start()
+            self.reins.take(process)
             self.has_stalled = False
         except (OSError, BadChecksum) as error:
             log.error("engine could not be started: %s", error)
@@ -137,6 +153,7 @@ class Supervisor:
         assert self._group is not None
         self._group.create_task(self._until_loaded(process), name="engine load")
         code = await process.wait()
+        self.reins.drop()
         log.warning("engine ended with code %d", code)
         self._engine.close()
         self._step(watch.Exited())
@@ -148,7 +165,3 @@ class Supervisor:
                 self._step(watch.Loaded())
                 return
             await asyncio.sleep(HEALTH_POLL_S)
-
-    async def _kill(self) -> None:
-        if self._process is not None:
-            await children.kill(self._process)

@@ -4,6 +4,7 @@ import msgspec
 
 from fallow.model.card import Card
 from fallow.model.offer import Load, Offer
+from fallow.model.owner import State
 
 
 class Candidate(msgspec.Struct, frozen=True, kw_only=True):
@@ -15,6 +16,7 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True):
     offer: Offer
     card: Card
     load: Load
+    state: State = "run"
     elsewhere: int = 0
     in_flight: int = 0
 

@@ -17,11 +17,13 @@ LIFTED_BY = {
     "path_not_offered": "the model is offered, but not for this endpoint",
     "offer_expired": "the node must renew its offer",
     "ring": "the key must allow another ring, or a node of the call's own organisation must offer the model",
+    "lender_refuses": "the lenders don't work for this organisation or country",
     "region": "allow another region",
     "hardware": "allow the other kind of hardware",
     "isolation": "allow a lower isolation",
     "over_price": "raise the price ceiling",
     "already_tried": "every node that offers the model was tried",
+    "owner_is_back": "the owners need their machines now; try again later, or lend one more",
     "engine_failed": "the engine is being restarted; try again shortly",
     "busy": "all slots and queue places are taken; try again shortly",
 }

@@ -46,6 +46,11 @@ def _price(candidate: Candidate, sought: Sought) -> bool:
     return ceiling is None or candidate.offer.price.output_micro_per_munit <= ceiling
 
 
+def _refused(candidate: Candidate, sought: Sought) -> bool:
+    card, call = candidate.card, sought.call
+    return call.org_id not in card.refuses_organisations and call.country not in card.refuses_countries
+
+
 def _free(candidate: Candidate, _: Sought) -> bool:
     return candidate.running < candidate.offer.slots + candidate.load.waiting_max
 
@@ -55,11 +60,13 @@ LIMITS: tuple[tuple[str, Passes], ...] = (
     ("path_not_offered", lambda c, s: s.call.path in c.offer.paths),
     ("offer_expired", lambda c, s: c.offer.expires_at_ms > s.now_ms),
     ("ring", _ring),
+    ("lender_refuses", _refused),
     ("region", lambda c, s: not s.call.needs.regions or c.card.region in s.call.needs.regions),
     ("hardware", lambda c, s: s.call.needs.hardware in (None, c.card.hardware.kind)),
     ("isolation", _isolation),
     ("over_price", _price),
     ("already_tried", lambda c, s: c.offer.node_id not in s.tried),
+    ("owner_is_back", lambda c, _: c.state in ("run", "throttle")),
     ("engine_failed", lambda c, _: c.load.readiness != "failed"),
     ("busy", _free),
 )

@@ -1,0 +1,209 @@
+"""Carries out what the owner gate says: looks ten times a second, and stops or frees the engines before the owner notices."""
+
+import asyncio
+import logging
+from collections.abc import Callable, Iterable
+from typing import Protocol
+
+from fallow.adapters.clock import local_minute
+from fallow.adapters.owner_record import OwnerRecord, stamp
+from fallow.adapters.quiet_cpus import QuietCpus
+from fallow.adapters.reins import Reins
+from fallow.apps.node.workbook import WorkBook
+from fallow.core import owner_gate
+from fallow.model.owner import Entry, Limits, Senses, Unknown, Verdict
+from fallow.ports import Clock
+
+WORKING = ("run", "throttle")
+LOOK_S = 0.1
+SAMPLE_MS_MIN = 50
+"""A shorter one is a handful of the kernel's ticks, and says nothing."""
+REFRESH_S = 2.0
+"""What changes slowly or costs more to read: memory, battery, temperature, the desktop."""
+
+log = logging.getLogger("fallow.owner")
+
+
+class Sensing(Protocol):
+    """What the machine tells."""
+
+    async def refresh(self) -> None: ...
+
+    def others_cores(self) -> float | Unknown: ...
+
+    def senses(self, *, others_cores: float | Unknown, minute: int, uploaded_today_bytes: int, paused_until_ms: int | None) -> Senses: ...
+
+
+class Engines(Protocol):
+    """The engines in the gatekeeper's hand; `threads` is how many the largest of them has."""
+
+    @property
+    def threads(self) -> int: ...
+
+    def reins(self) -> Iterable[Reins]: ...
+
+    def free(self) -> None:
+        """End them: their memory is needed."""
+
+    def fetch_back(self) -> None:
+        """Load what was there before."""
+
+
+class Gatekeeper:
+    """`tell(verdict, drops)` hears of every new state, after the engines obeyed it; `is_idle` says whether no call runs.
+
+    `looked` is set once the gate knows more than nothing.
+    """
+
+    def __init__(self, sensing: Sensing, limits: Limits, engines: Engines, record: OwnerRecord, work: WorkBook, clock: Clock) -> None:
+        self.limits = limits
+        self._sensing = sensing
+        self._engines = engines
+        self._record = record
+        self._work = work
+        self._clock = clock
+        self._quiet_cpus = QuietCpus()
+        self._gate = owner_gate.start(clock.now_ms())
+        self._look_now = asyncio.Event()
+        self._is_held = False
+        self._is_freed = False
+        self.looked = asyncio.Event()
+        self._used_cpu_s = 0.0
+        self._sampled_at_ms = 0
+        self._others_cores: float | Unknown = 0.0
+        self._cores = 1
+        self._metered_at_ms = clock.now_ms()
+        self._usd_per_kwh = limits.usd_per_kwh
+        self.power_costs: Callable[[float], None] = lambda usd_per_kwh: None
+        self.tell: Callable[[Verdict, bool], None] = lambda verdict, drops: None
+        self.is_idle: Callable[[], bool] = lambda: True
+
+    @property
+    def verdict(self) -> Verdict:
+        return self._gate.verdict
+
+    def look_now(self) -> None:
+        """Something changed that shouldn't wait for the next look."""
+        self._look_now.set()
+
+    async def run(self) -> None:
+        """Until cancelled; engines that were stopped go on then, so that they can end."""
+        refreshed_at = -REFRESH_S
+        loop = asyncio.get_running_loop()
+        refreshing: asyncio.Task[None] | None = None
+        try:
+            await self._sensing.refresh()
+            while True:
+                if loop.time() - refreshed_at >= REFRESH_S and (refreshing is None or refreshing.done()):
+                    refreshed_at = loop.time()
+                    self._meter()
+                    refreshing = asyncio.create_task(self._sensing.refresh(), name="senses")
+                self.look()
+                try:
+                    async with asyncio.timeout(LOOK_S):
+                        await self._look_now.wait()
+                except TimeoutError:
+                    pass
+                self._look_now.clear()
+        finally:
+            if refreshing is not None:
+                refreshing.cancel()
+            for reins in self._engines.reins():
+                reins.go_on()
+            self._meter()
+            self._work.keep(now=True)
+
+    def look(self) -> None:
+        """One look, and what follows from it."""
+        now, wall = self._clock.now_ms(), self._clock.wall_ms()
+        senses = self._sensing.senses(
+            others_cores=self._others(now),
+            minute=local_minute(wall),
+            uploaded_today_bytes=self._work.today().uploaded_bytes,
+            paused_until_ms=self._paused_until(now, wall),
+        )
+        self._cores = senses.cores
+        before = self.verdict
+        self._gate = owner_gate.step(self._gate, senses, self.limits, now_ms=now)
+        if self.verdict.state in WORKING:
+            self._let_work(before)
+        else:
+            self._hold_back(before)
+        self._note(before, now, wall)
+        self.looked.set()
+
+    def _let_work(self, before: Verdict) -> None:
+        after = self.verdict
+        if self._is_held:
+            for reins in self._engines.reins():
+                reins.go_on()
+        if self._is_freed:
+            self._engines.fetch_back()
+        self._is_held = self._is_freed = False
+        if after.cores < self._engines.threads or after.cores != before.cores:
+            self._pin(after)
+        if after.state != before.state:
+            self.tell(after, False)
+
+    def _hold_back(self, before: Verdict) -> None:
+        """First the engines, then the word: the owner shouldn't wait for a network."""
+        after = self.verdict
+        may_end = after.grace_ms > 0 and not self.is_idle()
+        stops = not self._is_held and not may_end
+        if stops:
+            self._is_held = True
+            for reins in self._engines.reins():
+                reins.stop()
+        if after.state == "leave" and not self._is_freed:
+            self._is_freed = True
+            self._engines.free()
+        if stops or after.state != before.state:
+            self.tell(after, stops)
+        if before.state in WORKING:
+            self._work.paused()
+
+    def _note(self, before: Verdict, now: int, wall: int) -> None:
+        """What is over goes into the owner's log."""
+        after, lasted = self.verdict, now - before.since_ms
+        if (before.state, before.reason) == (after.state, after.reason):
+            return
+        log.info("%s: %s (%s)", after.state, after.reason, after.detail)
+        if self.looked.is_set():
+            began = stamp(wall - lasted)
+            self._record.note(Entry(at=began, state=before.state, reason=before.reason, detail=before.detail, lasted_ms=lasted))
+
+    def _others(self, now: int) -> float | Unknown:
+        """A new sample; but what a look between two samples sees must not count as a second one over the limit."""
+        if now - self._sampled_at_ms >= SAMPLE_MS_MIN:
+            self._sampled_at_ms = now
+            self._others_cores = self._sensing.others_cores()
+            return self._others_cores
+        share = self.limits.others_share_max
+        if share is None or isinstance(self._others_cores, Unknown):
+            return self._others_cores
+        return min(self._others_cores, share * self._cores)
+
+    def _meter(self) -> None:
+        """What the engines used since the last time; one that ended takes its count along."""
+        used = sum(reins.cpu_s() for reins in self._engines.reins())
+        usd_per_kwh = owner_gate.usd_per_kwh_now(self.limits, local_minute(self._clock.wall_ms()))
+        if usd_per_kwh != self._usd_per_kwh:
+            self._usd_per_kwh = usd_per_kwh
+            self.power_costs(usd_per_kwh)
+        self._work.burned(max(0.0, used - self._used_cpu_s), usd_per_kwh)
+        self._used_cpu_s = used
+        now = self._clock.now_ms()
+        if self.verdict.state in ("pause", "leave"):
+            self._work.paused(now - self._metered_at_ms)
+        self._metered_at_ms = now
+        self._work.keep()
+
+    def _pin(self, verdict: Verdict) -> None:
+        """Under SCHED_IDLE a team with one starved thread crawls: keep it off the cores that others use."""
+        cpus = self._quiet_cpus.choose(verdict.cores) if verdict.cores < self._engines.threads else None
+        for reins in self._engines.reins():
+            reins.keep_to(cpus)
+
+    def _paused_until(self, now: int, wall: int) -> int | None:
+        until = self._record.paused_until_wall_ms
+        return None if until is None else now + (until - wall)

@@ -1,0 +1,182 @@
+"""The owner's side of a node: the gate and what it senses, the desk, the settings' watch, and what the owner is shown."""
+
+import asyncio
+import os
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import msgspec
+
+from fallow.adapters import machine
+from fallow.adapters.jail import Jail
+from fallow.adapters.owner_record import FOREVER_MS, OwnerRecord, stamp
+from fallow.adapters.reins import Reins
+from fallow.adapters.senses.machine_senses import MachineSenses
+from fallow.apps.node.desk import Desk
+from fallow.apps.node.engine_served import EngineServed
+from fallow.apps.node.gatekeeper import Gatekeeper
+from fallow.apps.node.limits import limits_of
+from fallow.apps.node.node import Node
+from fallow.apps.node.pricing import Pricing
+from fallow.apps.node.served import Served
+from fallow.apps.node.settings_watch import SettingsWatch
+from fallow.apps.node.text_served import TEXT_PATHS
+from fallow.apps.node.vector_served import EMBEDDING_PATHS, RERANK_PATHS
+from fallow.apps.node.workbook import WorkBook
+from fallow.apps.settings import Settings, desktop
+from fallow.model.owner import Limits, OwnerStatus, Profile, Refusals
+from fallow.ports import Clock
+
+PATHS_OF_KIND = {"text": TEXT_PATHS, "embeddings": EMBEDDING_PATHS, "rerank": RERANK_PATHS}
+
+
+class LentEngines:
+    """The engines of our own, as the gatekeeper sees them; an attached server has none."""
+
+    def __init__(self, served: Sequence[Served]) -> None:
+        self._served = [one for one in served if isinstance(one, EngineServed)]
+        self._left: list[EngineServed] = []
+
+    def reins(self) -> Iterable[Reins]:
+        return [one.supervisor.reins for one in self._served]
+
+    @property
+    def threads(self) -> int:
+        return max((one.facts.threads for one in self._served), default=1)
+
+    def free(self) -> None:
+        here = [one for one in self._served if one.supervisor.phase != "cold"]
+        self._left = here or self._left
+        for one in here:
+            one.leave()
+
+    def fetch_back(self) -> None:
+        """Only the first: the others are loaded when somebody calls for them."""
+        for one in self._left[:1]:
+            one.want()
+        self._left = []
+
+
+def refusals_of(settings: Settings) -> Refusals:
+    """What the settings refuse."""
+    lend = settings.lend
+    return Refusals(
+        models=frozenset(lend.refuse_models),
+        paths=frozenset(path for kind in lend.refuse_kinds for path in PATHS_OF_KIND[kind]),
+        organisations=frozenset(lend.refuse_organisations),
+        countries=frozenset(lend.refuse_countries),
+    )
+
+
+class OwnerSide:
+    """All of it, for one node. `default` is the profile where the settings name none."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        served: Sequence[Served],
+        *,
+        jail: Jail,
+        default: Profile,
+        roots: Sequence[int],
+        pricing: Pricing,
+        reload: Callable[[], Settings],
+        clock: Clock,
+    ) -> None:
+        self._settings = settings
+        self._served = served
+        self._jail = jail
+        self._default = default
+        self._pricing = pricing
+        self._clock = clock
+        self._engines = LentEngines(served)
+        self._record = OwnerRecord(settings.data)
+        self._work = WorkBook(self._record, clock, lambda cores: pricing.watts(cores).value)
+        here = desktop()
+        self._sensing = MachineSenses(
+            roots=roots,
+            disk_folder=settings.data,
+            programs=lambda: self.gatekeeper.limits.programs,
+            session_bus=here.session_bus,
+            system_bus=here.system_bus,
+            has_display=here.has_display,
+        )
+        self.gatekeeper = Gatekeeper(self._sensing, self._limits(settings), self._engines, self._record, self._work, clock)
+        self._watch = SettingsWatch(settings, reload, self._take)
+        self._node: Node | None = None
+        self._usd_per_kwh = 0.0
+        self.gatekeeper.power_costs = self._reprice
+        self._reprice(settings.power.usd_per_kwh)
+
+    def _limits(self, settings: Settings) -> Limits:
+        limits = limits_of(settings, default=self._default, cores_physical=machine.physical_cores(), cores=machine.usable_cpus())
+        if any(not isinstance(one, EngineServed) for one in self._served):  # an attached server's use can't be told from the owner's
+            limits = msgspec.structs.replace(limits, others_share_max=None)
+        return limits
+
+    def _take(self, settings: Settings) -> None:
+        """Raises BadSetting, and then nothing has changed."""
+        self.gatekeeper.limits = self._limits(settings)
+        self._settings = settings
+        self._pricing.owner_watts = settings.power.watts
+        self._reprice(self._usd_per_kwh)
+        if self._node is not None:
+            self._node.refuse(refusals_of(settings))
+        self.gatekeeper.look_now()
+
+    def _reprice(self, usd_per_kwh: float) -> None:
+        """Electricity costs something else from now on; what an attached server costs is its lender's word."""
+        self._usd_per_kwh = usd_per_kwh
+        for one in self._served:
+            if isinstance(one, EngineServed):
+                one.price = self._pricing.price(one.model, usd_per_kwh)
+        if self._node is not None:
+            self._node.introduce()
+
+    def may_work(self) -> bool:
+        """What the gate said last."""
+        return self.gatekeeper.verdict.state in ("run", "throttle")
+
+    def join(self, node: Node) -> None:
+        """From now on the node hears what the gate says."""
+        self._node = node
+        self.gatekeeper.tell = node.take
+        self.gatekeeper.is_idle = lambda: not len(node.jobs)
+        node.jobs.did = self._work.did
+        node.refuse(refusals_of(self._settings))
+        node.take(self.gatekeeper.verdict, False)
+
+    async def run(self, folder: Path) -> None:
+        """Until cancelled. The desk's socket lies in `folder`."""
+        desk = Desk(self._record, self._clock, self.status, self.gatekeeper.look)
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self.gatekeeper.run(), name="gatekeeper")
+            group.create_task(desk.serve(folder, self._settings.data, os.getpid()), name="desk")
+            group.create_task(self._watch.run(), name="settings")
+
+    def status(self) -> OwnerStatus:
+        verdict, limits, now = self.gatekeeper.verdict, self.gatekeeper.limits, self._clock.now_ms()
+        wall = self._clock.wall_ms()
+        forever = verdict.until_ms is None or verdict.until_ms - now > FOREVER_MS // 2
+        watts = self._pricing.watts(float(limits.cores_max))
+        return OwnerStatus(
+            node_id=self._node.card.node_id if self._node is not None else "",
+            profile=limits.profile,
+            state=verdict.state,
+            reason=verdict.reason,
+            detail=verdict.detail,
+            since=stamp(wall - (now - verdict.since_ms)),
+            until=None if forever or verdict.until_ms is None else stamp(wall + (verdict.until_ms - now)),
+            cores=verdict.cores,
+            unread=verdict.unread,
+            isolation=self._jail.level,
+            isolation_missing=self._jail.missing,
+            models=tuple(one.model for one in self._served),
+            running=len(self._node.jobs) if self._node is not None else 0,
+            today=self._work.today(),
+            watts=watts.value,
+            watts_method=watts.method,
+            usd_per_kwh=self._usd_per_kwh,
+            settings_error=self._watch.error,
+            needs_restart=self._watch.needs_restart,
+        )

@@ -1,0 +1,39 @@
+"""What lending costs this owner in electricity, and so the least that their node asks."""
+
+from collections.abc import Mapping
+
+from fallow.adapters import machine
+from fallow.apps.settings import Settings
+from fallow.core import power
+from fallow.model.measured import Measured
+from fallow.model.offer import Price
+
+
+class Pricing:
+    """`measured` has the models that were measured here; one that wasn't has no price yet."""
+
+    def __init__(self, settings: Settings, measured: Mapping[str, Measured]) -> None:
+        self.owner_watts = settings.power.watts
+        self._measured = dict(measured)
+        self._cores = machine.physical_cores()
+        self._machine = power.machine_class(cores=self._cores, has_battery=machine.has_battery(), cpu=machine.read_cpu_name())
+
+    def watts(self, busy: float) -> power.Watts:
+        """Beyond idling, while so many cores work. What the processor's meter said was for one model's threads."""
+        whole = power.watts_of(busy=self._cores, cores=self._cores, machine=self._machine, owner_watts=self.owner_watts)
+        share = min(1.0, busy / self._cores)
+        return power.Watts(value=whole.value * share, method=whole.method)
+
+    def price(self, model: str, usd_per_kwh: float) -> Price:
+        """The floor: what the electricity of a million tokens costs, in micro-credits."""
+        measured = self._measured.get(model)
+        if measured is None:
+            return Price()
+        watts = power.watts_of(
+            busy=measured.choice.threads,
+            cores=self._cores,
+            machine=self._machine,
+            owner_watts=self.owner_watts,
+            measured_watts=measured.watts,
+        )
+        return power.price(measured, watts, usd_per_kwh=usd_per_kwh)
