@@ -11,6 +11,7 @@ import psutil
 
 from bench.children import running_stub
 from fallow.adapters import children
+from fallow.adapters.engine_process import socket_path
 from fallow.apps.settings import load
 from fallow.apps.up import Part, start_part, until_ready
 
@@ -56,14 +57,12 @@ async def running_model(model: str) -> AsyncIterator[Chain]:
     """A chain in front of a real model; `engine` is its llama.cpp server."""
     with tempfile.TemporaryDirectory(prefix="fallow-bench-") as folder:
         data = Path(folder) / "d"
-        async with running_parts(data, ["--model", model], model=model, engine=str(data / "engines" / "e1.sock")) as chain:
+        async with running_parts(data, ["--model", model], model=model, engine=str(socket_path(data / "engines", "e1"))) as chain:
             yield chain
 
 
 @contextlib.asynccontextmanager
-async def running_parts(
-    data: Path, lend: list[str], *, model: str, engine: str, profile: str = "dedicated"
-) -> AsyncIterator[Chain]:
+async def running_parts(data: Path, lend: list[str], *, model: str, engine: str, profile: str = "dedicated") -> AsyncIterator[Chain]:
     """Each part as `fallow up` starts it. A bench's own work would stop a node of another profile."""
     settings = load(data)
     parts: list[Part] = []

@@ -138,6 +138,11 @@ def weights() -> None:
 
 
 def start_up(data: Path, *arguments: str) -> Service:
+    settings = data / "settings.toml"
+    if not settings.exists():
+        data.mkdir(parents=True, exist_ok=True)
+        settings.write_text("[lend]\nmeasure = false\n")  # the self-benchmark has a test of its own
+        settings.chmod(0o600)
     up = Running(data, "up", "--port", "0", *arguments)
     until(lambda: "Ctrl-C" in up.said() or up.process.poll() is not None, what="fallow up")
     assert up.process.poll() is None, up.said()
@@ -161,6 +166,9 @@ def client(service: Service) -> Iterator[openai.OpenAI]:
 
 
 SETTINGS = """\
+[lend]
+measure = false
+
 [node]
 stall_s = {stall_s}
 load_wait_s = {load_wait_s}

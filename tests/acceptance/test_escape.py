@@ -9,7 +9,6 @@ import http.client
 import json
 import mmap
 import os
-import resource
 import shutil
 import signal
 import socket
@@ -35,7 +34,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="other systems h
 
 HELPERS = Path(__file__).parent.parent / "helpers"
 NOBODY = 65534
-WITHIN_S = 20.0
+WITHIN_S = 10.0
 GIB = 2**30
 LEVELS = ("landlock", "bwrap")
 USERS = ("self", "nobody") if os.getuid() == 0 else ("self",)
@@ -224,7 +223,7 @@ ATTEMPTS: list[tuple[str, str, Make, str]] = [
     ("secret", "read", lambda held: (str(held.folder / "secret"),), "both"),
     ("another model", "read", lambda held: (str(held.models / "private.gguf"),), "both"),
     ("which models", "list", lambda held: (str(held.models),), "both"),
-    ("environment of the first process", "read", given("/proc/1/environ"), "root"),
+    ("environment of the first process", "read", given("/proc/1/environ"), "none"),
     ("environment of the agent", "read", lambda held: (f"/proc/{held.agent}/environ",), "both"),
     ("memory of the agent", "look_into", lambda held: (held.agent,), "both"),
     ("tracing the agent", "seize", lambda held: (held.agent,), "root"),
@@ -353,7 +352,8 @@ def test_it_gives_way_and_keeps_no_rights(jailed: Callable[[str, str], Held], le
     assert os.sched_getscheduler(inner.pid) == os.SCHED_IDLE
     assert inner.nice() == 19
     assert inner.ionice().ioclass == psutil.IOPRIO_CLASS_IDLE
-    assert resource.prlimit(inner.pid, resource.RLIMIT_CORE) == (0, 0) if os.getuid() == 0 else True
+    limits = {line[:25].strip(): line[25:].split()[:2] for line in Path(f"/proc/{inner.pid}/limits").read_text().splitlines()}
+    assert limits["Max core file size"] == limits["Max file size"] == ["0", "0"]
     os.sched_setaffinity(inner.pid, os.sched_getaffinity(0))  # the agent may still choose its cores
 
 

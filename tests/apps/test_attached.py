@@ -6,12 +6,11 @@ import logging
 import ssl
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import pytest
 import trustme
-from one_loop import until
 
 from fallow.adapters.endpoint import parse_endpoint
 from fallow.adapters.http_engine import HttpEngine
@@ -36,6 +35,11 @@ from fallow.model.ids import NodeId
 from fallow.model.messages import OFFERS_MAX
 from fallow.model.offer import Price
 from fallow.wire.openai import CHAT, EMBEDDINGS, RERANK
+
+if TYPE_CHECKING:
+    from tests.apps.one_loop import until
+else:
+    from one_loop import until
 
 pytestmark = pytest.mark.anyio
 

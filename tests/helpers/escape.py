@@ -5,6 +5,7 @@ It is started as engines are, and listens where they do. A request is a line of 
 """
 
 import ctypes
+import errno
 import fcntl
 import json
 import mmap
@@ -22,6 +23,9 @@ import psutil
 LIBC = ctypes.CDLL(None, use_errno=True)
 LIBC.mmap.restype = ctypes.c_void_p
 LIBC.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long)
+LIBC.malloc.restype = ctypes.c_void_p
+LIBC.malloc.argtypes = (ctypes.c_size_t,)
+LIBC.free.argtypes = (ctypes.c_void_p,)
 MAP_GROWSDOWN = 0x100
 PTRACE_SEIZE = 0x4206
 NUMBERS = {
@@ -130,10 +134,11 @@ def take_memory(size: int, flags: int) -> None:
 
 
 def heap(size: int) -> None:
-    try:
-        bytearray(size)
-    except MemoryError as error:
-        raise OSError(0, "no memory") from error
+    """The same through the C library."""
+    at = LIBC.malloc(size)
+    if not at:
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+    LIBC.free(at)
 
 
 def own_signals(pid: int) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import msgspec
 import requests
 
-from fallow.adapters import fetch_hub, fetch_index
+from fallow.adapters import fetch_hub, load
 from fallow.adapters.address import host_of, is_private
 from fallow.adapters.fetch_http import Address, Wanted, complete
 from fallow.adapters.fetch_job import Brought, Job, Progress
@@ -211,7 +211,7 @@ def _bring(job: Job, options: Options, *, later: set[str]) -> Piece:
             failures.append(failure)
         else:
             if isinstance(source, IndexSource) and not later & {member.wheel_sha256 for member in source.members}:
-                fetch_index.drop_wheels(job, source)
+                load.drop_wheels(job, source)
             return piece
         finally:
             job.whole.unlink(missing_ok=True)
@@ -223,7 +223,7 @@ def _bring(job: Job, options: Options, *, later: set[str]) -> Piece:
 def _from(job: Job, source: Source, options: Options) -> Brought:
     match source:
         case IndexSource():
-            return fetch_index.bring(job, source, options.index_url)
+            return load.bring_from_index(job, source, options.index_url)
         case LocalSource():
             return _local(job, source)
         case HttpsSource():

@@ -59,10 +59,15 @@ def bench(data: Path | None, names: list[str], *, as_json: bool) -> int:
 
 async def _measure(settings: Settings, names: list[str]) -> dict[str, Any]:
     """Everything that is shown; raises StartFailed, BadModelFile, MissingExtra, EngineFailed, BadChecksum."""
-    from fallow.adapters import machine, rapl
+    import functools
+
+    from fallow.adapters import cgroup, machine, rapl
     from fallow.adapters.catalogue import load_catalogue
     from fallow.adapters.clock import SystemClock
+    from fallow.adapters.jail import detect
+    from fallow.adapters.llama_process import LlamaProcess
     from fallow.adapters.measurements import Measurements, key_of, memory_speed
+    from fallow.adapters.onnx_process import OnnxProcess
     from fallow.adapters.store import Store
     from fallow.apps.node.limits import limits_of
     from fallow.apps.node.measuring import known_or_measured
@@ -78,7 +83,10 @@ async def _measure(settings: Settings, names: list[str]) -> dict[str, Any]:
     chosen = [catalogue.find(name) for name in dict.fromkeys(names or settings.node.models)]
     models: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="fallow-") as folder:
+        jail, groups = await asyncio.to_thread(detect, settings.lend.isolation), await asyncio.to_thread(cgroup.detect)
         sources = Sources(
+            llama=functools.partial(LlamaProcess, jail=jail, cgroups=groups),
+            onnx=functools.partial(OnnxProcess, jail=jail, cgroups=groups),
             store=Store(settings.models_folder),
             folder=Path(folder),
             memory_limit_bytes=memory_limit(memory_free_bytes=machine.free_memory_bytes(), wanted_gb=settings.node.memory_gb),

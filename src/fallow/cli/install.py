@@ -28,9 +28,10 @@ POLL_S = 0.2
 
 
 class Manager(Protocol):
-    """What starts services on this machine. `path` is where ours is described."""
+    """What starts services on this machine. `path` is where ours is described; `folders` may go once they are empty, in that order."""
 
     path: Path
+    folders: tuple[Path, ...]
 
     def describe(self, command: Sequence[str], data: Path) -> bytes: ...
 
@@ -55,6 +56,8 @@ class Systemd:
     def __init__(self, folder: Path, *, is_root: bool) -> None:
         self.path = folder / service_unit.UNIT
         self._is_root = is_root
+        self._wants = folder / f"{service_unit.systemd_target(is_root=is_root)}.wants"
+        self.folders: tuple[Path, ...] = () if is_root else (self._wants, folder, folder.parent)
         self._systemctl = ("systemctl",) if is_root else ("systemctl", "--user")
 
     def describe(self, command: Sequence[str], data: Path) -> bytes:
@@ -77,10 +80,7 @@ class Systemd:
         _do(*self._systemctl, "disable", "--now", self.path.name)
 
     def forget(self) -> None:
-        wants = self.path.parent / f"{service_unit.systemd_target(is_root=self._is_root)}.wants"
-        (wants / self.path.name).unlink(missing_ok=True)
-        if not self._is_root:
-            _prune(wants, self.path.parent, self.path.parent.parent)
+        (self._wants / self.path.name).unlink(missing_ok=True)
         if not self.missing():
             _tried(*self._systemctl, "daemon-reload")
             _tried(*self._systemctl, "reset-failed", self.path.name)
@@ -99,6 +99,7 @@ class Launchd:
 
     def __init__(self, folder: Path, *, user: int) -> None:
         self.path = folder / f"{service_unit.LABEL}.plist"
+        self.folders: tuple[Path, ...] = ()
         self._domain = f"gui/{user}"
         self._name = f"gui/{user}/{service_unit.LABEL}"
 
@@ -189,7 +190,7 @@ def _install(manager: Manager, text: bytes, data: Path) -> None:
         raise StartFailed(missing)
     if before is None and is_held(data, "node"):
         raise AlreadyRunning(f"a node runs on {data} already; stop it first, or choose another folder with --data")
-    missing_folders = [folder for folder in manager.path.parents if not folder.exists()]
+    missing_folders = [folder for folder in dict.fromkeys((*manager.folders, *manager.path.parents)) if not folder.exists()]
     try:
         _write(manager.path, text)
         manager.start()
@@ -245,6 +246,7 @@ def uninstall(*, manager: Manager | None = None) -> int:
         before = _described(manager)
         if before is None:
             manager.forget()  # a link may be left where somebody removed the rest by hand
+            _prune(*manager.folders)
             print(f"Nothing is installed: there is no {manager.path}")
             return 0
         if missing := manager.missing():
@@ -253,6 +255,7 @@ def uninstall(*, manager: Manager | None = None) -> int:
             manager.stop()
         manager.path.unlink(missing_ok=True)
         manager.forget()
+        _prune(*manager.folders)
     except FallowError as error:
         complain(error)
         return 1

@@ -124,15 +124,7 @@ def lend(
         return
     from fallow.cli import processes
 
-    flags = {
-        "node.models": model or None,
-        "node.slots": slots,
-        "node.threads": threads,
-        "lend.profile": profile,
-        "lend.cores": cores,
-        "lend.hours": hours,
-        "lend.isolation": isolation,
-    }
+    flags = {name: context.params[flag] or None for flag, name in processes.LEND_FLAGS.items()}
     lending = processes.Lending(hub=hub, engine=engine, secret_file=secret_file, with_up=with_up)
     sys.exit(processes.lend(data, flags, lending, verbose=verbose, ready_fd=ready_fd))
 
@@ -156,6 +148,38 @@ def lend_log(
     from fallow.cli import owner
 
     sys.exit(owner.log(data or _data_of(context), lines=lines, as_json=as_json))
+
+
+@lending.command("install")
+def lend_install(
+    context: typer.Context,
+    print_only: Annotated[bool, typer.Option("--print", help="Print the unit and change nothing.")] = False,
+) -> None:
+    """Lend whenever this machine runs, as a service: `fallow lend --profile quiet install`."""
+    from fallow.cli import processes
+
+    assert context.parent is not None, "it is a command of `lend`"
+    sys.exit(processes.install(context.parent.params, print_only=print_only))
+
+
+@lending.command("uninstall")
+def lend_uninstall() -> None:
+    """Remove the service; the data folder and the models stay."""
+    from fallow.cli import install
+
+    sys.exit(install.uninstall())
+
+
+@app.command()
+def bench(
+    names: Annotated[list[str] | None, typer.Argument(metavar="[NAME]...", help="[default: what this machine lends]")] = None,
+    data: Data = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure how fast models run here, and what their electricity costs."""
+    from fallow.cli import bench
+
+    sys.exit(bench.bench(data, names or [], as_json=as_json))
 
 
 @app.command()

@@ -7,11 +7,13 @@ import shutil
 import sys
 import tempfile
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from fallow.adapters.endpoint import parse_endpoint
 from fallow.apps.run import complain, run
 from fallow.apps.settings import Settings, load, secret_from_environment
 from fallow.cli.bar import Bar
@@ -39,6 +41,18 @@ def _secret(settings: Settings, secret_file: Path | None) -> str:
     if secret_file is not None:
         return read_secret(secret_file)
     return secret_from_environment() or read_secret(settings.data / SECRET_FILE)
+
+
+LEND_FLAGS = {
+    "model": "node.models",
+    "slots": "node.slots",
+    "threads": "node.threads",
+    "profile": "lend.profile",
+    "cores": "lend.cores",
+    "hours": "lend.hours",
+    "isolation": "lend.isolation",
+}
+"""Each flag of `fallow lend` that is a setting, and which."""
 
 
 class Lending(msgspec.Struct, frozen=True, kw_only=True):
@@ -173,6 +187,12 @@ def lend(data: Path | None, flags: dict[str, Any], lending: Lending, *, verbose:
     from fallow.apps.node.main import Joining, run_node
 
     settings = _read(data, flags, lending.hub)
+    if lending.engine:
+        try:
+            parse_endpoint(lending.engine)
+        except BadFlag as error:
+            complain(error)
+            return 2
 
     async def main(until: asyncio.Event) -> None:
         secret = _secret(settings, lending.secret_file)
@@ -183,6 +203,7 @@ def lend(data: Path | None, flags: dict[str, Any], lending: Lending, *, verbose:
                 hub=lending.hub,
                 secret=secret,
                 engine=lending.engine,
+                only=tuple(flags["node.models"] or ()),
                 with_up=lending.with_up,
                 reload=functools.partial(load, settings.data, flags),
                 ready=ready_fd,
@@ -190,3 +211,18 @@ def lend(data: Path | None, flags: dict[str, Any], lending: Lending, *, verbose:
             await run_node(settings, joining, until)
 
     return run(main, verbose=verbose)
+
+
+def install(given: Mapping[str, Any], *, print_only: bool) -> int:
+    """`fallow lend … install`: a service with the same flags. They are checked first, as `fallow lend` would."""
+    from fallow.cli import install
+
+    data, hub = given["data"], given["hub"]
+    flags = {name: given[flag] or None for flag, name in LEND_FLAGS.items()}
+    if not print_only:
+        _read(data, flags, hub)
+    words: list[str] = []
+    for flag in ("engine", *LEND_FLAGS):
+        values = given[flag] if isinstance(given[flag], (list, tuple)) else [given[flag]]
+        words += [word for value in values if value not in (None, "") for word in (f"--{flag}", str(value))]
+    return install.install(data, hub, words, secret_file=given["secret_file"], print_only=print_only)

@@ -78,9 +78,10 @@ class BusLink:
         """One property of an object."""
         return await self.call(destination, path, f"{BUS}.Properties", "Get", signature="ss", body=(interface, name))
 
-    async def has_owner(self, name: str) -> bool:
-        """Whether anybody on the bus has this name. No, if the bus can't be asked."""
-        return await self.call(BUS, "/org/freedesktop/DBus", BUS, "NameHasOwner", signature="s", body=(name,)) is True
+    async def has_owner(self, name: str) -> bool | None:
+        """Whether anybody on the bus has this name; None, if the bus can't be asked."""
+        told = await self.call(BUS, "/org/freedesktop/DBus", BUS, "NameHasOwner", signature="s", body=(name,))
+        return told if isinstance(told, bool) else None
 
     async def exists(self) -> bool:
         """Whether there is such a bus, even one that can't be asked now."""

@@ -82,6 +82,10 @@ class Gatekeeper:
     def verdict(self) -> Verdict:
         return self._gate.verdict
 
+    def fetch_back_later(self) -> None:
+        """There is something to be loaded as soon as the machine may work."""
+        self._is_freed = True
+
     def look_now(self) -> None:
         """Something changed that shouldn't wait for the next look."""
         self._look_now.set()

@@ -45,11 +45,15 @@ T = TypeVar("T")
 
 
 class Joining(msgspec.Struct, frozen=True, kw_only=True):
-    """What `fallow lend` was told besides settings. `reload` reads the settings again, with the same flags over them."""
+    """What `fallow lend` was told besides settings.
+
+    `only` are the models of an attached server that are lent; `reload` reads the settings again, with the same flags over them.
+    """
 
     hub: str
     secret: str
     engine: str
+    only: tuple[str, ...]
     with_up: bool
     reload: Callable[[], Settings]
     ready: int | None
@@ -64,7 +68,7 @@ async def run_node(settings: Settings, joining: Joining, until: asyncio.Event) -
         try:
             default: Profile = "dedicated" if joining.with_up else "invisible"
             if joining.engine:
-                lent = await _until_told(_attached(joining.engine, settings), until)
+                lent = await _until_told(_attached(joining, settings), until)
             else:
                 lent = await _until_told(_packaged(settings, folder, default, clock), until)
             if lent is None:
@@ -125,6 +129,7 @@ async def _tell_when_ready(owner: OwnerSide, node: Node, served: list[Served], r
         await asyncio.sleep(LOAD_POLL_S)
     words = f"Lending {', '.join(one.model for one in served)} as {node.card.node_id}; Ctrl-C stops it."
     if not owner.may_work():
+        owner.load_later()
         words += f" Not now: {owner.gatekeeper.verdict.detail}."
     tell_ready(ready, node.card.node_id, words)
 
@@ -176,9 +181,9 @@ async def _packaged(settings: Settings, folder: Path, default: Profile, clock: C
     return Lent(served=served, hardware=hardware, jail=jail, measured=measured)
 
 
-async def _attached(address: str, settings: Settings) -> Lent:
+async def _attached(joining: Joining, settings: Settings) -> Lent:
     """Everything that the lender's own server lists. What keeps that apart from their machine is theirs too."""
-    found = await attach(address, settings)
+    found = await attach(joining.engine, settings, only=joining.only)
     return Lent(served=list(found.served), hardware=found.hardware, jail=NO_JAIL, measured={})
 
 

@@ -50,6 +50,10 @@ class LentEngines:
         for one in here:
             one.leave()
 
+    def left(self) -> None:
+        """Nothing was loaded when the node started; the first model should be there once it may work."""
+        self._left = self._served[:1]
+
     def fetch_back(self) -> None:
         """Only the first: the others are loaded when somebody calls for them."""
         for one in self._left[:1]:
@@ -136,6 +140,11 @@ class OwnerSide:
     def may_work(self) -> bool:
         """What the gate said last."""
         return self.gatekeeper.verdict.state in ("run", "throttle")
+
+    def load_later(self) -> None:
+        """The first model, as soon as the machine may work."""
+        self._engines.left()
+        self.gatekeeper.fetch_back_later()
 
     def join(self, node: Node) -> None:
         """From now on the node hears what the gate says."""
