@@ -19,7 +19,16 @@ from bench.children import running
 from bench.load import percentile, run
 from bench.model import tokens_per_s
 from bench.report import Figure, publish
+from fallow.adapters import engine_process, llama_process, machine
+from fallow.adapters.catalogue import load_catalogue
 from fallow.adapters.http_engine import HttpEngine
+from fallow.adapters.llama_process import LlamaProcess
+from fallow.adapters.measurements import Measurements, build_of, key_of
+from fallow.adapters.store import Store
+from fallow.apps.node.limits import limits_of
+from fallow.apps.node.subject import Sources, subject_of
+from fallow.apps.settings import load
+from fallow.core.sizing import memory_limit, tuned
 from fallow.model.errors import EngineFailed
 
 MODEL = "smollm2-135m-instruct"
@@ -42,10 +51,11 @@ CALL = {
     "max_tokens": 200,
 }
 RETRY_S = 0.5
+HEALTH_S = 2.0
 SETTLE_S = 2.0
 WAIT_S_MAX = 60.0
-GATED = f"[lend]\nprofile = \"invisible\"\nresume_after_s = {RESUME_S}\n"
-UNGATED = "[lend]\nprofile = \"invisible\"\nothers_percent_max = 100\nresume_after_s = 0\n"
+GATED = f'[lend]\nprofile = "invisible"\nresume_after_s = {RESUME_S}\n'
+UNGATED = '[lend]\nprofile = "invisible"\nothers_percent_max = 100\nresume_after_s = 0\n'
 
 
 @contextlib.asynccontextmanager
@@ -185,9 +195,7 @@ async def measure_stops() -> list[Figure]:
     return [
         Figure(name=f"owner's burst to engine stopped, median of {BURSTS}", value=statistics.median(bursts), unit="ms", goal=300),
         Figure(name="the same, worst", value=max(bursts), unit="ms", goal=1_000),
-        Figure(
-            name=f"quiet to engine running, quiet period {RESUME_S:g} s, median", value=statistics.median(resumed), unit="ms"
-        ),
+        Figure(name=f"quiet to engine running, quiet period {RESUME_S:g} s, median", value=statistics.median(resumed), unit="ms"),
         Figure(name=f"`fallow pause` to engine stopped, median of {PAUSES}", value=statistics.median(words), unit="ms", goal=200),
     ]
 
@@ -203,7 +211,7 @@ async def measure_speed() -> Figure:
     """The jailed and gated engine of an idle machine against the bare one, each asked directly, in turns."""
     ratios: list[float] = []
     async with lender(GATED) as chain:
-        socket = chain.engine + "/engines/e1.sock"
+        socket = chain.engine + "/engines/e1/e.sock"
         async with bare_engine(chain) as bare:
             for number in range(SPEED_PAIRS + 1):
                 rates: dict[str, float] = {}
@@ -238,9 +246,33 @@ async def measure_agent() -> list[Figure]:
 
 @contextlib.asynccontextmanager
 async def bare_engine(chain: Chain) -> AsyncIterator[str]:
-    """The same engine with the same settings, as a plain process of its own."""
-    command = engine_of(chain).cmdline()
-    raise NotImplementedError(command)
+    """The same engine with the same settings, as a plain process of its own: no jail, no gate, the usual priority."""
+    data = Path(chain.engine)
+    settings = load(data)
+    cores = limits_of(settings, default="invisible", cores_physical=machine.physical_cores(), cores=machine.usable_cpus()).cores_max
+    room = memory_limit(memory_free_bytes=machine.free_memory_bytes(), wanted_gb=settings.node.memory_gb)
+    sources = Sources(store=Store(settings.models_folder), folder=data / "bare", memory_limit_bytes=room)
+    subject = subject_of(load_catalogue(data).find(MODEL), sources, threads=(cores,))
+    key = key_of(machine.read_hardware(), cores)
+    measured = Measurements(settings.models_folder).find(key, subject.digest, build_of(subject.engine))
+    size = tuned(subject.size, measured.choice) if measured is not None else subject.size
+    launch = subject.launch(size)
+    assert isinstance(launch, LlamaProcess)
+    launch.socket.parent.mkdir(parents=True)
+    environment = {**engine_process.ENVIRONMENT, **llama_process.ENVIRONMENT}
+    command = [sys.executable, "-m", "fallow.engines.llama"]
+    async with running(*command, output=asyncio.subprocess.DEVNULL, environment=environment, talks=True) as engine:
+        assert engine.stdin is not None
+        engine.stdin.write(msgspec.json.encode(launch.settings) + b"\n")
+        await engine.stdin.drain()
+        client = HttpEngine(str(launch.socket))
+        try:
+            async with asyncio.timeout(WAIT_S_MAX):
+                while not (launch.socket.exists() and await client.is_healthy(HEALTH_S)):
+                    await asyncio.sleep(RETRY_S)
+        finally:
+            client.close()
+        yield str(launch.socket)
 
 
 async def measure(parts: Sequence[str]) -> list[Figure]:

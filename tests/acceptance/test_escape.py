@@ -159,7 +159,9 @@ class Grounds:
             text=True,
             env={"PATH": os.defpath, "HOME": str(folder), "FALLOW_SECRET": "canary"},
             start_new_session=True,
-            **({"user": NOBODY, "group": NOBODY, "extra_groups": []} if user == "nobody" else {}),
+            user=NOBODY if user == "nobody" else None,
+            group=NOBODY if user == "nobody" else None,
+            extra_groups=[] if user == "nobody" else None,
         )
         self._running.append(process)
         assert process.stdin is not None

@@ -169,6 +169,12 @@ async def test_open_files_can_be_passed_on(either: str) -> None:
         os.close(reader)
 
 
+async def test_a_control_group_that_can_not_be_entered_stops_nobody(either: str, tmp_path: Path) -> None:
+    """Its bounds are a second line. That one which can be is entered is tried in test_cgroup."""
+    process = await children.spawn(["sh", "-c", "exit 7"], cgroup=tmp_path / "absent" / "cgroup.procs")
+    assert await process.wait() == 7
+
+
 async def test_a_command_that_is_not_there_ends_at_once(either: str) -> None:
     process = await children.spawn(["/no/such/command"])
     assert await asyncio.wait_for(process.wait(), WITHIN_S) != 0

@@ -106,7 +106,7 @@ def test_a_jail_that_lets_something_through_is_found_out(level: jail.Wanted) -> 
     ("platform", "said"), [("darwin", "macOS has no jail yet"), ("win32", "WSL2"), ("freebsd14", "freebsd14 has no jail yet")]
 )
 def test_other_systems_say_what_is_missing(monkeypatch: pytest.MonkeyPatch, platform: str, said: str) -> None:
-    monkeypatch.setattr(jail.sys, "platform", platform)
+    monkeypatch.setattr(sys, "platform", platform)
     assert said in refused("auto")
     assert jail.detect("none") == jail.NO_JAIL
 

@@ -35,6 +35,8 @@ class FakeClock:
 class FakeSensing:
     """A machine that tells what a test says."""
 
+    own_cpu_s = 0.0
+
     def __init__(self) -> None:
         self.now = CALM
 
@@ -69,9 +71,6 @@ class FakeReins:
     def keep_to(self, cpus: frozenset[int] | None) -> None:
         self.cores = None if cpus is None else len(cpus)
 
-    def cpu_s(self) -> float:
-        return 0.0
-
 
 class House:
     """A gatekeeper, and the story of what it did."""
@@ -88,6 +87,8 @@ class House:
         self.keeper.tell = self._tell
         self.keeper.is_idle = lambda: self.idle
         self.look()
+
+    threads = 3
 
     def reins(self) -> list[FakeReins]:
         return [self.engine]

@@ -178,7 +178,10 @@ def spin() -> None:
 
 def raise_limit() -> None:
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    except ValueError as error:  # what Python makes of EPERM
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM)) from error
 
 
 ATTEMPTS: dict[str, Callable[..., object]] = {
@@ -224,6 +227,10 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
         done = ATTEMPTS[request["attempt"]](*request["arguments"])
     except OSError as error:
         return {"refused": error.strerror or str(error)}
+    except psutil.AccessDenied as error:
+        return {"refused": str(error)}
+    except Exception as error:  # noqa: BLE001  (it must live on for the next attempt)
+        return {"failed": repr(error)}
     return {"done": repr(done)}
 
 

@@ -94,7 +94,7 @@ def _leave(base: Path) -> bool:
     ours = base / OURSELVES
     with contextlib.suppress(OSError):
         ours.mkdir(exist_ok=True)
-    return all([_write(ours / "cgroup.procs", str(pid)) for pid in sorted(_pids(base))])
+    return all(_write(ours / "cgroup.procs", str(pid)) for pid in sorted(_pids(base)))
 
 
 def _family() -> set[int]:

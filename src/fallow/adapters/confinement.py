@@ -9,8 +9,9 @@ class Confinement(msgspec.Struct, frozen=True, kw_only=True):
     """What the process may still do, once it has confined itself.
 
     It may read what lies under `folders`, and the `files`; it may make sockets in `socket_folder`. `memory_bytes` is how much memory of its
-    own it may have, 0 for any amount; `tasks_max` is how many threads its user may have when it starts another, 0 where nobody counts them. `landlock_abi` is the kernel's version of Landlock, 0 if it has none. `seccomp` is a compiled filter,
-    and `signal_calls` are the numbers of the calls that it may make towards itself only.
+    own it may have, 0 for any amount; `tasks_max` is how many threads its user may have when it starts another, 0 where the kernel doesn't
+    count them. `landlock_abi` is the kernel's version of Landlock, 0 if it has none. `seccomp` is a compiled filter, and `signal_calls` are
+    the numbers of the calls that it may make towards itself only.
     """
 
     level: Isolation

@@ -13,7 +13,7 @@ import msgspec
 
 from fallow.adapters import children
 from fallow.adapters.cgroup import NO_CGROUPS, Cgroups
-from fallow.adapters.jail import NO_JAIL, Jail
+from fallow.adapters.jail import NO_JAIL, PYTHON_ENVIRONMENT, Jail
 from fallow.adapters.store import hash_file
 from fallow.model.errors import BadChecksum, MissingExtra
 
@@ -48,8 +48,8 @@ class EngineProcess:
         self.socket = socket_path(folder, name)
         assert len(str(self.socket)) <= SOCKET_PATH_MAX, "the caller chose a folder with a short path"
         self._module = module
-        self._environment = {**ENVIRONMENT, **environment}
-        self._settings = {**settings, "socket": str(self.socket)}
+        self._environment = {**ENVIRONMENT, **PYTHON_ENVIRONMENT, **environment}
+        self.settings = {**settings, "socket": str(self.socket)}
         self._files = dict(files)
         self._name = name
         self._memory_bytes = memory_bytes
@@ -80,7 +80,7 @@ class EngineProcess:
         )
         assert process.stdin is not None
         try:
-            process.stdin.write(b"".join(msgspec.json.encode(one) + b"\n" for one in (told, self._settings)))
+            process.stdin.write(b"".join(msgspec.json.encode(one) + b"\n" for one in (told, self.settings)))
             await process.stdin.drain()
             process.stdin.close()
         except (BrokenPipeError, ConnectionResetError):

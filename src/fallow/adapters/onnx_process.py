@@ -11,6 +11,7 @@ ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",  # ONNX Runtime has threads of its own; these two are numpy's
     "OPENBLAS_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",  # else it takes every core
+    "ORT_DISABLE_TELEMETRY": "1",  # else it notes what it runs in the owner's home, to send it off
 }
 NEEDED = ("onnxruntime", "tokenizers")
 Pooling = Literal["mean", "cls"]

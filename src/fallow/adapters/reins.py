@@ -57,15 +57,6 @@ class Reins:
     def pid(self) -> int | None:
         return None if self._process is None else self._process.pid
 
-    def cpu_s(self) -> float:
-        """Core-seconds that the engine has used so far; 0 while there is none."""
-        total = 0.0
-        for process in self._processes():
-            with contextlib.suppress(psutil.Error, OSError):
-                times = process.cpu_times()
-                total += times.user + times.system
-        return total
-
     def _signal(self, number: signal.Signals) -> None:
         """To the whole group: under bubblewrap the engine is a grandchild."""
         if self._process is not None and self._process.returncode is None:

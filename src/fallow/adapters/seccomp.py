@@ -3,6 +3,7 @@
 import errno
 import sys
 import tempfile
+from collections.abc import Iterable
 
 import msgspec
 
@@ -18,142 +19,23 @@ CLONE_NAMESPACES = 0x7E02_0080  # new time, mount, cgroup, uts, ipc, user, pid a
 LOW = 0xFFFF_FFFF
 """The kernel looks at 32 bits of these arguments only."""
 
-ALLOWED = [
-    "brk",
-    "munmap",
-    "mprotect",
-    "mremap",
-    "madvise",
-    "mbind",
-    "get_mempolicy",
-    "membarrier",
-    "open",
-    "openat",
-    "read",
-    "readv",
-    "pread64",
-    "preadv",
-    "write",
-    "writev",
-    "close",
-    "close_range",
-    "lseek",
-    "fstat",
-    "newfstatat",
-    "stat",
-    "lstat",
-    "statx",
-    "statfs",
-    "fstatfs",
-    "access",
-    "faccessat",
-    "faccessat2",
-    "readlink",
-    "readlinkat",
-    "getdents64",
-    "getcwd",
-    "umask",
-    "fadvise64",
-    "unlink",
-    "unlinkat",
-    "chdir",
-    "dup",
-    "dup2",
-    "dup3",
-    "pipe",
-    "pipe2",
-    "poll",
-    "ppoll",
-    "select",
-    "pselect6",
-    "epoll_create",
-    "epoll_create1",
-    "epoll_ctl",
-    "epoll_wait",
-    "epoll_pwait",
-    "epoll_pwait2",
-    "eventfd2",
-    "bind",
-    "listen",
-    "accept",
-    "accept4",
-    "getsockname",
-    "getpeername",
-    "getsockopt",
-    "recvfrom",
-    "recvmsg",
-    "sendmsg",
-    "shutdown",
-    "futex",
-    "futex_waitv",
-    "set_robust_list",
-    "get_robust_list",
-    "rseq",
-    "set_tid_address",
-    "exit",
-    "exit_group",
-    "getpid",
-    "getppid",
-    "gettid",
-    "getpgrp",
-    "getpgid",
-    "getsid",
-    "getuid",
-    "geteuid",
-    "getgid",
-    "getegid",
-    "getresuid",
-    "getresgid",
-    "getgroups",
-    "capget",
-    "sched_yield",
-    "sched_getaffinity",
-    "sched_getparam",
-    "sched_getscheduler",
-    "sched_get_priority_max",
-    "sched_get_priority_min",
-    "getpriority",
-    "getcpu",
-    "rt_sigaction",
-    "rt_sigprocmask",
-    "rt_sigreturn",
-    "rt_sigpending",
-    "rt_sigsuspend",
-    "rt_sigtimedwait",
-    "sigaltstack",
-    "restart_syscall",
-    "kill",
-    "tgkill",
-    "clock_gettime",
-    "clock_getres",
-    "clock_nanosleep",
-    "nanosleep",
-    "gettimeofday",
-    "time",
-    "times",
-    "uname",
-    "sysinfo",
-    "getrandom",
-    "getrusage",
-    "getrlimit",
-    "arch_prctl",
-]
+ALLOWED = (
+    "brk munmap mprotect mremap madvise mbind get_mempolicy membarrier",
+    "open openat read readv pread64 preadv write writev close close_range lseek fstat newfstatat stat lstat statx statfs fstatfs",
+    "access faccessat faccessat2 readlink readlinkat getdents64 getcwd umask fadvise64 unlink unlinkat chdir",
+    "dup dup2 dup3 pipe pipe2 poll ppoll select pselect6 epoll_create epoll_create1 epoll_ctl epoll_wait epoll_pwait epoll_pwait2 eventfd2",
+    "bind listen accept accept4 getsockname getpeername getsockopt recvfrom recvmsg sendmsg shutdown",
+    "futex futex_waitv set_robust_list get_robust_list rseq set_tid_address exit exit_group",
+    "getpid getppid gettid getpgrp getpgid getsid getuid geteuid getgid getegid getresuid getresgid getgroups capget",
+    "sched_yield sched_getaffinity sched_getparam sched_getscheduler sched_get_priority_max sched_get_priority_min getpriority getcpu",
+    "rt_sigaction rt_sigprocmask rt_sigreturn rt_sigpending rt_sigsuspend rt_sigtimedwait sigaltstack restart_syscall kill tgkill",
+    "clock_gettime clock_getres clock_nanosleep nanosleep gettimeofday time times",
+    "uname sysinfo getrandom getrusage getrlimit arch_prctl",
+)
 """What llama.cpp, ONNX Runtime and Python were seen to use, and its like. No fork, no exec, no connect, nothing that makes or shares memory
 beyond what RLIMIT_DATA counts. `kill` and `tgkill` are kept to the process itself by a second filter, since its id isn't known here."""
-ABSENT = [
-    "clone3",
-    "openat2",
-    "futex_wait",
-    "futex_wake",
-    "futex_requeue",
-    "mseal",
-    "cachestat",
-    "map_shadow_stack",
-    "fchmodat2",
-    "pidfd_open",
-    "io_uring_setup",
-]
-"""libraries try these first, and take the older way where the kernel says that it has no such call."""
+ABSENT = ("clone3 openat2 futex_wait futex_wake futex_requeue mseal cachestat map_shadow_stack fchmodat2 pidfd_open io_uring_setup",)
+"""Libraries try these first, and take the older way where the kernel says that it has no such call."""
 OWN_SIGNALS = ("kill", "tgkill")
 
 IOCTLS = (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)
@@ -181,9 +63,9 @@ def compile_filter() -> Filter:
         raise StartFailed("libseccomp is not installed; install it (`apt install libseccomp2`, `dnf install libseccomp`)")
     rules = pyseccomp.SyscallFilter(pyseccomp.ERRNO(errno.EPERM))
     rules.set_attr(pyseccomp.Attr.ACT_BADARCH, pyseccomp.KILL_PROCESS)
-    for name in ALLOWED:
+    for name in _names(ALLOWED):
         _allow(rules, name)
-    for name in ABSENT:
+    for name in _names(ABSENT):
         if _number(name) >= 0:
             rules.add_rule(pyseccomp.ERRNO(errno.ENOSYS), name)
     _allow_with_arguments(rules)
@@ -191,6 +73,10 @@ def compile_filter() -> Filter:
         rules.export_bpf(file)
         file.seek(0)
         return Filter(program=file.read(), signal_calls=tuple(_number(name) for name in OWN_SIGNALS))
+
+
+def _names(lines: Iterable[str]) -> list[str]:
+    return [name for line in lines for name in line.split()]
 
 
 def _number(name: str) -> int:

@@ -1,6 +1,7 @@
 """Runs a command that must not outlive the process that started it, whatever kills that process.
 
-Started by path, without the package: `python -I -S tether.py PARENT_PID SIGNAL [CGROUP_PROCS] -- COMMAND …`. The file is the control group's that it is to be in.
+Started by path, without the package: `python -I -S tether.py PARENT_PID SIGNAL [CGROUP_PROCS] -- COMMAND …`.
+The file is that of the control group in which it is to be.
 """
 
 import ctypes

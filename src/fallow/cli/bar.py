@@ -23,10 +23,10 @@ class Bar:
 
     def __call__(self, stage: str, done: int, total: int) -> None:
         """Show that `done` of `total` bytes are there; a total of 0 isn't known."""
-        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
         if not sys.stderr.isatty() or max(done, total) < SHOW_BYTES_MIN or (stage == "check" and self._bar is None):
             return
+        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
         if self._bar is None:
             from rich.console import Console
 

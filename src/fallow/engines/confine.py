@@ -90,10 +90,7 @@ def confine(how: Confinement) -> None:
 
 def give_way() -> None:
     """Run only when nobody else wants to, and be the first to go when memory is short. What a system doesn't have is left out."""
-    try:
-        os.setpriority(os.PRIO_PROCESS, 0, NICE)
-    except OSError:
-        pass  # it is lower already
+    os.setpriority(os.PRIO_PROCESS, 0, NICE)
     if sys.platform != "linux":
         return
     os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
@@ -103,7 +100,7 @@ def give_way() -> None:
 
 
 def lower_group() -> None:
-    """Our session's share of the processor, else as large as that of the owner's whole desktop. The kernel takes ten such wishes a second."""
+    """Our session's share of the processor, else as large as that of the owner's whole desktop. The kernel takes ten wishes a second."""
     for _ in range(AUTOGROUP_TRIES):
         try:
             Path("/proc/self/autogroup").write_text(str(NICE))

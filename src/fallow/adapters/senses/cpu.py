@@ -51,6 +51,8 @@ class OthersCpu:
         self._source.spent(now_ns=self._at_ns)
         self._last: float | Unknown = NO_SAMPLE
         self._owed_s = 0.0
+        self.own_s = 0.0
+        """Core-seconds that we used since we began to look."""
 
     def sample(self) -> float | Unknown:
         """Cores that others used since the last sample. Asked again within 20 ms, it repeats its answer."""
@@ -65,6 +67,7 @@ class OthersCpu:
         others_s = spent.all_s - spent.own_s - self._owed_s
         self._owed_s = min(max(0.0, -others_s), ROUNDING_TICKS * self._source.tick_s)
         self._at_ns = now_ns
+        self.own_s += spent.own_s
         self._last = max(0.0, others_s) / wall_s
         return self._last
 

@@ -137,8 +137,8 @@ class Desktop:
         for question in (*_MONITORS, _SAVER):
             told = await self._ask(question)
             if isinstance(told, int) and not isinstance(told, bool) and told >= 0:
-                seconds = question is not _SAVER or await self._session.has_owner(PLASMA) is False
-                idle = told * (question.unit_s if seconds else MILLI)  # the shorter time, if Plasma can't be ruled out
+                as_said = question is not _SAVER or await self._session.has_owner(PLASMA) is False
+                idle = told * (question.unit_s if as_said else MILLI)  # the shorter time, if Plasma can't be ruled out
                 break
             idle = idle or _unexpected(question, told)
         kept_on: bool | Unknown | None = None

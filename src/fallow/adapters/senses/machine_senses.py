@@ -75,6 +75,11 @@ class MachineSenses:
         """The fast reading: see OthersCpu."""
         return self._cpu.sample()
 
+    @property
+    def own_cpu_s(self) -> float:
+        """Core-seconds that our processes used since we began to look."""
+        return self._cpu.own_s
+
     async def refresh(self) -> None:
         """Read everything else, in some milliseconds unless something hangs. Not to be called twice at a time."""
         async with asyncio.TaskGroup() as group:

@@ -16,6 +16,8 @@ from fallow.ports import Clock
 
 WORKING = ("run", "throttle")
 LOOK_S = 0.1
+LOOK_IDLE_S = 0.3
+"""While no call runs there is nothing that could disturb anybody."""
 SAMPLE_MS_MIN = 50
 """A shorter one is a handful of the kernel's ticks, and says nothing."""
 REFRESH_S = 2.0
@@ -30,6 +32,9 @@ class Sensing(Protocol):
     async def refresh(self) -> None: ...
 
     def others_cores(self) -> float | Unknown: ...
+
+    @property
+    def own_cpu_s(self) -> float: ...
 
     def senses(self, *, others_cores: float | Unknown, minute: int, uploaded_today_bytes: int, paused_until_ms: int | None) -> Senses: ...
 
@@ -104,7 +109,7 @@ class Gatekeeper:
                     refreshing = asyncio.create_task(self._sensing.refresh(), name="senses")
                 self.look()
                 try:
-                    async with asyncio.timeout(LOOK_S):
+                    async with asyncio.timeout(LOOK_IDLE_S if self.is_idle() and not self._is_held else LOOK_S):
                         await self._look_now.wait()
                 except TimeoutError:
                     pass
@@ -188,8 +193,8 @@ class Gatekeeper:
         return min(self._others_cores, share * self._cores)
 
     def _meter(self) -> None:
-        """What the engines used since the last time; one that ended takes its count along."""
-        used = sum(reins.cpu_s() for reins in self._engines.reins())
+        """What we used since the last time."""
+        used = self._sensing.own_cpu_s
         usd_per_kwh = owner_gate.usd_per_kwh_now(self.limits, local_minute(self._clock.wall_ms()))
         if usd_per_kwh != self._usd_per_kwh:
             self._usd_per_kwh = usd_per_kwh

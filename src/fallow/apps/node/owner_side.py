@@ -158,10 +158,13 @@ class OwnerSide:
     async def run(self, folder: Path) -> None:
         """Until cancelled. The desk's socket lies in `folder`."""
         desk = Desk(self._record, self._clock, self.status, self.gatekeeper.look)
-        async with asyncio.TaskGroup() as group:
-            group.create_task(self.gatekeeper.run(), name="gatekeeper")
-            group.create_task(desk.serve(folder, self._settings.data, os.getpid()), name="desk")
-            group.create_task(self._watch.run(), name="settings")
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self.gatekeeper.run(), name="gatekeeper")
+                group.create_task(desk.serve(folder, self._settings.data, os.getpid()), name="desk")
+                group.create_task(self._watch.run(), name="settings")
+        finally:
+            await asyncio.shield(self._sensing.close())
 
     def status(self) -> OwnerStatus:
         verdict, limits, now = self.gatekeeper.verdict, self.gatekeeper.limits, self._clock.now_ms()
