@@ -3,6 +3,7 @@
 import argparse
 import asyncio
 import contextlib
+import functools
 import os
 import statistics
 import sys
@@ -21,9 +22,12 @@ from bench.model import tokens_per_s
 from bench.report import Figure, publish
 from fallow.adapters import engine_process, llama_process, machine
 from fallow.adapters.catalogue import load_catalogue
+from fallow.adapters.cgroup import NO_CGROUPS
 from fallow.adapters.http_engine import HttpEngine
+from fallow.adapters.jail import NO_JAIL
 from fallow.adapters.llama_process import LlamaProcess
 from fallow.adapters.measurements import Measurements, build_of, key_of
+from fallow.adapters.onnx_process import OnnxProcess
 from fallow.adapters.store import Store
 from fallow.apps.node.limits import limits_of
 from fallow.apps.node.subject import Sources, subject_of
@@ -251,7 +255,13 @@ async def bare_engine(chain: Chain) -> AsyncIterator[str]:
     settings = load(data)
     cores = limits_of(settings, default="invisible", cores_physical=machine.physical_cores(), cores=machine.usable_cpus()).cores_max
     room = memory_limit(memory_free_bytes=machine.free_memory_bytes(), wanted_gb=settings.node.memory_gb)
-    sources = Sources(store=Store(settings.models_folder), folder=data / "bare", memory_limit_bytes=room)
+    sources = Sources(
+        store=Store(settings.models_folder),
+        folder=data / "bare",
+        memory_limit_bytes=room,
+        llama=functools.partial(LlamaProcess, jail=NO_JAIL, cgroups=NO_CGROUPS),
+        onnx=functools.partial(OnnxProcess, jail=NO_JAIL, cgroups=NO_CGROUPS),
+    )
     subject = subject_of(load_catalogue(data).find(MODEL), sources, threads=(cores,))
     key = key_of(machine.read_hardware(), cores)
     measured = Measurements(settings.models_folder).find(key, subject.digest, build_of(subject.engine))

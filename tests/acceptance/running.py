@@ -69,7 +69,8 @@ class Running:
         def find() -> psutil.Process | None:
             for process in self.family():
                 try:
-                    if words in " ".join(process.cmdline()) and "tether.py" not in " ".join(process.cmdline()):
+                    line = process.cmdline()
+                    if words in " ".join(line) and "tether.py" not in " ".join(line) and not line[0].endswith("bwrap"):
                         return process
                 except psutil.NoSuchProcess:
                     continue

@@ -1,5 +1,6 @@
 """A lender's machine with real engines: stopped, let go, freed and told about, as its owner wants it."""
 
+import concurrent.futures
 import json
 import os
 import stat
@@ -26,7 +27,11 @@ battery_percent_min = 0
 others_percent_max = {others}
 """
 BURN = "while True: pass"
-LONG = {"model": MODEL, "messages": [{"role": "user", "content": "Write a very long story about a river."}], "max_tokens": 2000}
+LONG: dict[str, Any] = {
+    "model": MODEL,
+    "messages": [{"role": "user", "content": "Write a very long story about a river."}],
+    "max_tokens": 2000,
+}
 
 
 class Lender:
@@ -142,7 +147,7 @@ def test_a_pause_outlives_the_node(lender: Lender, apart: Apart) -> None:
 
 def test_a_stream_yields_at_once_and_says_why(lender: Lender) -> None:
     with lender.service.client() as client:
-        stream = client.chat.completions.create(stream=True, **LONG)  # type: ignore[call-overload]
+        stream = client.chat.completions.create(stream=True, **LONG)
         next(iter(stream))
         fallow("pause", "--data", lender.data)
         with pytest.raises(openai.APIError) as caught:
@@ -155,15 +160,15 @@ def test_a_stream_yields_at_once_and_says_why(lender: Lender) -> None:
 def test_a_call_that_has_not_begun_to_answer_moves_to_another_machine(lender: Lender, apart: Apart) -> None:
     service = lender.service
     with service.client() as client:
-        held = client.chat.completions.with_raw_response.create  # not streamed: nothing goes out before the whole is there
+
+        def held() -> Any:  # not streamed: nothing goes out before the whole is there
+            return client.chat.completions.with_raw_response.create(**(LONG | {"max_tokens": 300}))
 
         other = Lender(apart, service, "other", more="")
         fallow("pause", "--data", other.data)
         until(lambda: other.state() == "pause", what="the other machine, paused")
-        import concurrent.futures
-
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
-            answer = pool.submit(held, **(LONG | {"max_tokens": 300}))
+            answer = pool.submit(held)
             until(lambda: lender.status()["running"] == 1, what="the call on the first machine")
             fallow("resume", "--data", other.data)
             until(lambda: other.state() in ("run", "throttle"), what="the other machine, back")

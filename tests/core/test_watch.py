@@ -85,8 +85,8 @@ def test_the_table_is_complete() -> None:
 
 def test_a_stopped_engine_has_no_time() -> None:
     for phase in ("loading", "backing_off"):
-        after, effects = step(state(phase), Resumed(7_000), now_ms=NOW)  # type: ignore[arg-type]
-        assert (after.since_ms, after.until_ms, effects) == (state(phase).since_ms + 7_000, UNTIL + 7_000, ())  # type: ignore[arg-type]
+        after, effects = step(state(phase), Resumed(7_000), now_ms=NOW)
+        assert (after.since_ms, after.until_ms, effects) == (state(phase).since_ms + 7_000, UNTIL + 7_000, ())
     still = UNTIL + 5_000
     resumed, _ = step(state("loading"), Resumed(7_000), now_ms=still)
     assert step(resumed, IDLE, now_ms=still)[0].phase == "loading", "it would have loaded too long without"

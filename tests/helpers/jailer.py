@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 
 from fallow.adapters import children, jail
+from fallow.adapters.cgroup import NO_CGROUPS
 from fallow.adapters.engine_process import EngineProcess
 from fallow.adapters.llama_process import LlamaProcess
 from fallow.adapters.onnx_process import OnnxProcess
@@ -30,7 +31,14 @@ def launcher(asked: dict[str, Any], kept: jail.Jail) -> EngineProcess:
         case "llama":
             size = EngineSize(threads=1, slots=2, context_tokens=1_024, memory_bytes=MEMORY_BYTES)
             return LlamaProcess(
-                weights=files[0], weights_sha256=hash_file(files[0]), model="m", size=size, folder=folder, name="e1", jail=kept
+                weights=files[0],
+                weights_sha256=hash_file(files[0]),
+                model="m",
+                size=size,
+                folder=folder,
+                name="e1",
+                jail=kept,
+                cgroups=NO_CGROUPS,
             )
         case "onnx":
             return OnnxProcess(
@@ -45,6 +53,7 @@ def launcher(asked: dict[str, Any], kept: jail.Jail) -> EngineProcess:
                 folder=folder,
                 memory_bytes=MEMORY_BYTES,
                 jail=kept,
+                cgroups=NO_CGROUPS,
             )
         case module:
             return EngineProcess(
@@ -56,6 +65,7 @@ def launcher(asked: dict[str, Any], kept: jail.Jail) -> EngineProcess:
                 name="e1",
                 memory_bytes=0 if kept.level == "none" else MEMORY_BYTES,
                 jail=msgspec.structs.replace(kept, folders=(*kept.folders, HERE)),
+                cgroups=NO_CGROUPS,
             )
 
 

@@ -12,8 +12,8 @@ from typing import Any
 import msgspec
 
 from fallow.adapters import children
-from fallow.adapters.cgroup import NO_CGROUPS, Cgroups
-from fallow.adapters.jail import NO_JAIL, PYTHON_ENVIRONMENT, Jail
+from fallow.adapters.cgroup import Cgroups
+from fallow.adapters.jail import PYTHON_ENVIRONMENT, Jail
 from fallow.adapters.store import hash_file
 from fallow.model.errors import BadChecksum, MissingExtra
 
@@ -41,9 +41,9 @@ class EngineProcess:
         files: Mapping[Path, str],
         folder: Path,
         name: str,
-        memory_bytes: int = 0,
-        jail: Jail = NO_JAIL,
-        cgroups: Cgroups = NO_CGROUPS,
+        memory_bytes: int,
+        jail: Jail,
+        cgroups: Cgroups,
     ) -> None:
         self.socket = socket_path(folder, name)
         assert len(str(self.socket)) <= SOCKET_PATH_MAX, "the caller chose a folder with a short path"

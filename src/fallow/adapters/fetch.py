@@ -4,20 +4,17 @@ import errno
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
-import requests
 
-from fallow.adapters import fetch_hub, load
-from fallow.adapters.address import host_of, is_private
-from fallow.adapters.fetch_http import Address, Wanted, complete
+from fallow.adapters import load
 from fallow.adapters.fetch_job import Brought, Job, Progress
 from fallow.adapters.memory import AGAIN, Learnt
 from fallow.adapters.model_file import inspect
-from fallow.adapters.store import Origin, Store, beside, disk_full, drop, hash_file, link_or_copy, locked, size_of
+from fallow.adapters.store import Origin, Store, disk_full, drop, hash_file, link_or_copy, locked, size_of
 from fallow.model.errors import BadChecksum, BadModelFile, DiskFull, FetchFailed, LicenceNotAccepted
 from fallow.model.weights import HttpsSource, HubSource, IndexSource, LocalSource, Role, Source, Weights, WeightsFile
 from fallow.wire.gguf_header import GgufHeader
@@ -226,31 +223,8 @@ def _from(job: Job, source: Source, options: Options) -> Brought:
             return load.bring_from_index(job, source, options.index_url)
         case LocalSource():
             return _local(job, source)
-        case HttpsSource():
-            if not is_private(source.url):
-                raise FetchFailed(f"the address of {job.model} is plain http, where anybody between could change it; use https")
-            return _download(job, lambda session: Address(url=source.url), f"the server {host_of(source.url)}", "check the address")
-        case HubSource():
-            where = f"the hub's {source.repository}"
-            return _download(job, lambda session: fetch_hub.locate(session, source, options.hub_url), where, "check the model's entry")
-
-
-def _download(job: Job, locate: Callable[[requests.Session], Address], server: str, advice: str) -> Brought:
-    with requests.Session() as session:
-        wanted = Wanted(
-            what=f"{job.model}'s {job.file.filename}",
-            base=job.base,
-            locate=lambda: locate(session),
-            size_bytes=job.size_bytes,
-            is_pinned=job.known is not None,
-            finder=server,
-            server=server,
-            advice=advice,
-            tell=lambda done, total: job.tell("download", done, total),
-            room=lambda to_come: job.room(to_come, job.size_bytes or to_come + size_of(beside(job.base, ".part"))),
-        )
-        address = complete(session, wanted)
-    return Brought(path=wanted.part, sha256=address.sha256 if address else None)
+        case HttpsSource() | HubSource():
+            return load.bring_over_http(job, source, options.hub_url)
 
 
 def _local(job: Job, source: LocalSource) -> Brought:

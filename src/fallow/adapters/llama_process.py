@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from fallow.adapters.cgroup import NO_CGROUPS, Cgroups
+from fallow.adapters.cgroup import Cgroups
 from fallow.adapters.engine_process import EngineProcess, need
-from fallow.adapters.jail import NO_JAIL, Jail
+from fallow.adapters.jail import Jail
 from fallow.core.sizing import EngineSize
 
 ENVIRONMENT = {"GGML_NO_BACKTRACE": "1"}  # else a failed assertion starts a debugger and hangs
@@ -23,8 +23,8 @@ class LlamaProcess(EngineProcess):
         folder: Path,
         name: str,
         pooling: str = "",
-        jail: Jail = NO_JAIL,
-        cgroups: Cgroups = NO_CGROUPS,
+        jail: Jail,
+        cgroups: Cgroups,
     ) -> None:
         need(("xllamacpp",), "the llama engine is not installed; run `pip install 'fallow[llama]'`")
         settings = {

@@ -1,7 +1,7 @@
 """Heavy packages, loaded only where they are used."""
 
 from fallow.adapters.fetch_job import Brought, Job
-from fallow.model.weights import IndexSource
+from fallow.model.weights import HttpsSource, HubSource, IndexSource
 
 
 def hub_address(repository: str, file: str, revision: str, endpoint: str | None) -> tuple[str, dict[str, str]]:
@@ -25,3 +25,10 @@ def drop_wheels(job: Job, source: IndexSource) -> None:
     from fallow.adapters import fetch_index
 
     fetch_index.drop_wheels(job, source)
+
+
+def bring_over_http(job: Job, source: HttpsSource | HubSource, hub_url: str | None) -> Brought:
+    """`fetch_web.bring`."""
+    from fallow.adapters import fetch_web
+
+    return fetch_web.bring(job, source, hub_url)

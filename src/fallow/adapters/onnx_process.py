@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Literal
 
-from fallow.adapters.cgroup import NO_CGROUPS, Cgroups
+from fallow.adapters.cgroup import Cgroups
 from fallow.adapters.engine_process import EngineProcess, need
-from fallow.adapters.jail import NO_JAIL, Jail
+from fallow.adapters.jail import Jail
 
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",  # ONNX Runtime has threads of its own; these two are numpy's
@@ -33,9 +33,9 @@ class OnnxProcess(EngineProcess):
         context_tokens: int,
         folder: Path,
         normalise: bool = True,
-        memory_bytes: int = 0,
-        jail: Jail = NO_JAIL,
-        cgroups: Cgroups = NO_CGROUPS,
+        memory_bytes: int,
+        jail: Jail,
+        cgroups: Cgroups,
     ) -> None:
         need(NEEDED, "the ONNX engine is not installed; run `pip install 'fallow[onnx]'`")
         settings = {

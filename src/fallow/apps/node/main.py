@@ -13,8 +13,7 @@ import msgspec
 from fallow.adapters import cgroup, machine
 from fallow.adapters.catalogue import load_catalogue
 from fallow.adapters.clock import SystemClock
-from fallow.adapters.engine_process import SOCKET_PATH_MAX
-from fallow.adapters.fetch import Options, fetch
+from fallow.adapters.engine_process import SOCKET_PATH_MAX, socket_path
 from fallow.adapters.files import make_folder, only_one, read_or_make
 from fallow.adapters.jail import NO_JAIL, Jail, detect
 from fallow.adapters.nats_bus import NatsBus
@@ -159,7 +158,7 @@ class Lent(msgspec.Struct, frozen=True, kw_only=True):
 
 
 async def _packaged(settings: Settings, folder: Path, default: Profile, clock: Clock) -> Lent:
-    """All models that this machine lends, their files fetched; raises StartFailed, FetchFailed, MissingExtra."""
+    """All models that this machine lends, whose files are here; raises StartFailed, BadModelFile, MissingExtra."""
     jail = await asyncio.to_thread(detect, settings.lend.isolation)
     groups = await asyncio.to_thread(cgroup.detect)
     limits = limits_of(settings, default=default, cores_physical=machine.physical_cores(), cores=machine.usable_cpus())
@@ -171,7 +170,6 @@ async def _packaged(settings: Settings, folder: Path, default: Profile, clock: C
     may_measure = settings.lend.measure and OwnerRecord(settings.data).paused_until_wall_ms is None
     for name in dict.fromkeys(catalogue.find(name).name for name in settings.node.models):
         weights = catalogue.find(name)
-        await asyncio.to_thread(fetch, weights, settings.models_folder, options=Options(budget_bytes=settings.models.disk_bytes))
         subject = loader.find(weights)
         known = await loader.measure(subject) if may_measure else None
         if known is not None:
@@ -191,6 +189,6 @@ async def _attached(joining: Joining, settings: Settings) -> Lent:
 def _socket_folder(data: Path) -> Path:
     """A folder whose path leaves room for a socket's name."""
     wanted = data / "engines"
-    if len(str(wanted / f"{SOCKET_NAME}.sock")) <= SOCKET_PATH_MAX:
+    if len(str(socket_path(wanted, SOCKET_NAME))) <= SOCKET_PATH_MAX:
         return make_folder(wanted)
     return Path(tempfile.mkdtemp(prefix="fallow-"))

@@ -6,9 +6,7 @@ from typing import Protocol
 
 import msgspec
 
-from fallow.adapters.llama_process import LlamaProcess
 from fallow.adapters.model_file import inspect
-from fallow.adapters.onnx_process import OnnxProcess
 from fallow.adapters.store import Store
 from fallow.apps.node.supervisor import Launcher
 from fallow.core.sizing import EngineSize, size_encoder, size_engine
@@ -55,8 +53,8 @@ class Sources(msgspec.Struct, frozen=True, kw_only=True):
     store: Store
     folder: Path
     memory_limit_bytes: int
-    llama: Callable[..., Launcher] = LlamaProcess
-    onnx: Callable[..., Launcher] = OnnxProcess
+    llama: Callable[..., Launcher]
+    onnx: Callable[..., Launcher]
 
     def file(self, weights: Weights, role: Role) -> tuple[Path, str]:
         """A model's file and its checksum; raises StartFailed."""
