@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 MODEL = "smollm2-135m-instruct"
-START_S = 60.0
+START_S = 120.0
 STOP_S = 5.0
 BURST = 12
 WORKERS = 8
@@ -66,7 +66,10 @@ def main() -> int:
     console.rule("[bold]2. Everything on this machine: broker, hub, gateway, node, engine[/]")
     with tempfile.TemporaryDirectory(prefix="fallow-demo-") as folder:
         up = subprocess.Popen(
-            [*FALLOW, "up", "--data", folder, "--port", "0", "--model", MODEL], stdout=subprocess.PIPE, text=True, start_new_session=True
+            [*FALLOW, "up", "--data", folder, "--port", "0", "--model", MODEL, *sys.argv[1:]],
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
         )
         try:
             base_url, key = greeted(up)

@@ -30,9 +30,11 @@ def data(weights: None, tmp_path: Path) -> Path:
 
 
 def test_bench(data: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    before = set(psutil.Process().children(recursive=True))
     assert bench(data, [MODEL, EMBEDDER], as_json=True) == 0
     said = msgspec.json.decode(capfd.readouterr().out)
-    assert not [one for one in psutil.Process().children(recursive=True) if "fallow.engines" in " ".join(one.cmdline())]
+    left = set(psutil.Process().children(recursive=True)) - before
+    assert not [one for one in left if "fallow.engines" in " ".join(one.cmdline())]
     here, (text, vectors) = said["machine"], said["models"]
     assert (here["isa"], here["cores"]) == (machine.read_isa(), machine.physical_cores())
     assert here["memory_bytes_per_s"] > 0

@@ -3,6 +3,7 @@
 import concurrent.futures
 import json
 import os
+import resource
 import stat
 import subprocess
 import sys
@@ -223,7 +224,9 @@ def test_little_memory_frees_the_engine(lender: Lender) -> None:
     lender.settings.write_text(lender.text + "memory_free_percent_min = 100\n")
     until(lambda: not any(one.is_running() and one.status() != psutil.STATUS_ZOMBIE for one in before), what="the engine's end")
     assert lender.status()["state"] == "leave"
-    until(lambda: lender.state() == "gone", what="the node off the roster")
+    until(lambda: lender.state() == "pause", what="the word at the gateway")
+    refused = lender.service.post(LONG)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (503, "no_node"), "the model is still known here"
 
 
 def test_the_commands_tell_a_wrong_time_and_a_missing_node_in_one_line(tmp_path: Path) -> None:
@@ -252,3 +255,25 @@ def test_a_lender_without_any_pause_serves_as_before(lender: Lender) -> None:
     wait_ready(lender.service, 1)
     assert lender.service.post(LONG | {"max_tokens": 4}).status_code == 200
     assert lender.status()["today"]["calls"] >= 1
+
+
+def test_a_machine_that_slept_comes_back_by_itself(lender: Lender) -> None:
+    """Agent and engine stand still as in a machine that sleeps, for longer than the network waits."""
+    family = [psutil.Process(lender.node.process.pid), *lender.engines()]
+    for one in family:
+        one.suspend()
+    until(lambda: lender.state() == "gone", what="the node off the roster")
+    for one in reversed(family):
+        one.resume()
+    lender.ready()
+    assert lender.service.post(LONG | {"max_tokens": 4}).status_code == 200
+
+
+def test_an_owner_is_obeyed_on_a_full_disk_too(lender: Lender) -> None:
+    resource.prlimit(lender.node.process.pid, resource.RLIMIT_FSIZE, (0, 0))  # as if not a byte could be written
+    said = fallow("pause", "--data", lender.data)
+    assert said.returncode == 0, said.stderr
+    assert lender.is_stopped()
+    assert lender.status()["reason"] == "owner_paused"
+    assert fallow("resume", "--data", lender.data).returncode == 0
+    assert not lender.is_stopped()

@@ -528,7 +528,7 @@ async def test_the_broker_knows_a_subscription_when_subscribe_returns(played: Pl
 
 async def test_a_client_that_gives_up_is_replaced_with_all_its_subscriptions(played: PlayedBroker, monkeypatch: pytest.MonkeyPatch) -> None:
     """The client closes itself for good when a broker that it's connected to sends an error; the bus makes a new one."""
-    monkeypatch.setattr("fallow.adapters.nats_bus.REBUILD_WAIT_S", 0.01)
+    monkeypatch.setattr("fallow.adapters.nats_bus.REBUILD_WAIT_S", (0.01, 0.02))
     bus = NatsBus(played.address, SECRET, "test")
     lost: list[bool] = []
     bus.on_lost(lambda: lost.append(True))

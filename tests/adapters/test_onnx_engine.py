@@ -31,7 +31,9 @@ from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 
 from fallow.adapters import children, onnx_process
+from fallow.adapters.cgroup import NO_CGROUPS
 from fallow.adapters.http_engine import HttpEngine
+from fallow.adapters.jail import NO_JAIL
 from fallow.adapters.onnx_process import OnnxProcess
 from fallow.engines.onnx import EXIT_BAD_SETTINGS, EXIT_NOT_LOADED, INPUTS_MAX, ROWS_MAX, TOKENS_MAX, App, batches
 from fallow.model.errors import BadChecksum, EngineFailed, MissingExtra
@@ -96,6 +98,9 @@ def launch(folder: Path, **changes: Any) -> OnnxProcess:
         "pooling": "mean",
         "context_tokens": CONTEXT,
         "folder": folder,
+        "memory_bytes": 0,
+        "jail": NO_JAIL,
+        "cgroups": NO_CGROUPS,
     }
     return OnnxProcess(**values | changes)
 

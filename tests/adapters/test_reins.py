@@ -27,6 +27,19 @@ time.sleep(60)
 """
 
 
+class FakeClock:
+    """A clock that moves when told."""
+
+    def __init__(self) -> None:
+        self.ms = 1_000
+
+    def now_ms(self) -> int:
+        return self.ms
+
+    def wall_ms(self) -> int:
+        return self.ms
+
+
 async def until(said: Callable[[], object], what: str) -> None:
     deadline = time.monotonic() + WITHIN_S
     while not said():
@@ -54,7 +67,7 @@ async def process() -> AsyncIterator[Process]:
 
 
 async def test_the_whole_group_stops_and_goes_on(process: Process) -> None:
-    reins = Reins()
+    reins = Reins(FakeClock(), lambda stopped_ms: None)
     reins.take(process)
     reins.stop()
     await until(lambda: states(process) == {psutil.STATUS_STOPPED}, "the stop")
@@ -62,15 +75,29 @@ async def test_the_whole_group_stops_and_goes_on(process: Process) -> None:
     await until(lambda: psutil.STATUS_STOPPED not in states(process), "going on")
 
 
+async def test_it_says_for_how_long_it_was_stopped() -> None:
+    told: list[int] = []
+    clock = FakeClock()
+    reins = Reins(clock, told.append)
+    reins.go_on()
+    assert told == []
+    reins.stop()
+    clock.ms += 400
+    reins.stop()
+    clock.ms += 100
+    reins.go_on()
+    assert told == [500]
+
+
 async def test_an_engine_that_starts_while_held_is_held(process: Process) -> None:
-    reins = Reins()
+    reins = Reins(FakeClock(), lambda stopped_ms: None)
     reins.stop()
     reins.take(process)
     await until(lambda: states(process) == {psutil.STATUS_STOPPED}, "the stop")
 
 
 async def test_a_held_engine_can_be_killed(process: Process) -> None:
-    reins = Reins()
+    reins = Reins(FakeClock(), lambda stopped_ms: None)
     reins.take(process)
     reins.stop()
     members = family(process)
@@ -82,7 +109,7 @@ async def test_a_held_engine_can_be_killed(process: Process) -> None:
 
 
 async def test_every_thread_is_kept_to_the_cores(process: Process) -> None:
-    reins = Reins()
+    reins = Reins(FakeClock(), lambda stopped_ms: None)
     reins.take(process)
     allowed = os.sched_getaffinity(0)
     one = {min(allowed)}
@@ -95,7 +122,7 @@ async def test_every_thread_is_kept_to_the_cores(process: Process) -> None:
 
 
 async def test_an_engine_that_starts_while_others_are_busy_is_kept_too(process: Process) -> None:
-    reins = Reins()
+    reins = Reins(FakeClock(), lambda stopped_ms: None)
     one = {min(os.sched_getaffinity(0))}
     reins.keep_to(one)
     reins.take(process)

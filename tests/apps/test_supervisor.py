@@ -14,7 +14,6 @@ import pytest
 
 from fallow.adapters import children
 from fallow.adapters.http_engine import HttpEngine
-from fallow.adapters.llama_process import LlamaProcess
 from fallow.apps.node import supervisor as module
 from fallow.apps.node.supervisor import Supervisor
 from fallow.core import watch
@@ -59,7 +58,7 @@ class FakeClock:
         self.ms += ms
 
 
-class Launcher(LlamaProcess):
+class Launcher:
     """Starts the small program. `how` says what it does; `raises` what its start does."""
 
     def __init__(self, folder: Path, clock: FakeClock) -> None:
@@ -70,6 +69,9 @@ class Launcher(LlamaProcess):
         self.processes: list[Process] = []
         self.tried_at_ms: list[int] = []
         self._clock = clock
+
+    def clean_up(self) -> None:
+        self.socket.unlink(missing_ok=True)
 
     async def start(self) -> Process:
         self.tried_at_ms.append(self._clock.now_ms())
@@ -276,6 +278,44 @@ async def test_an_engine_that_moves_or_rests_is_left_alone(watched: Watched) -> 
     await watched.ticks()
     assert watched.supervisor.readiness() == "ready"
     assert len(watched.launch.processes) == 1
+
+
+# held by the owner
+async def test_an_engine_that_the_owner_stopped_neither_stalls_nor_is_killed(watched: Watched) -> None:
+    await watched.ready()
+    watched.supervisor.running = 1
+    watched.supervisor.moved()
+    watched.supervisor.reins.stop()
+    await watched.ticks()
+    watched.clock.advance(10 * STALL_MS)
+    await watched.ticks()
+    watched.supervisor.reins.go_on()
+    await watched.ticks()
+    assert watched.supervisor.readiness() == "ready"
+    watched.clock.advance(STALL_MS + 1)
+    await watched.died(1)  # from then on its time counts again
+
+
+async def test_an_engine_that_was_stopped_while_it_loaded_gets_its_time(watched: Watched) -> None:
+    watched.launch.how = "loads"
+    watched.supervisor.want()
+    await watched.until(lambda: watched.launch.processes)
+    watched.supervisor.reins.stop()
+    await watched.ticks()
+    watched.clock.advance(10 * watch.LOAD_MS_BASE)
+    await watched.ticks()
+    watched.launch.flag.touch()
+    watched.supervisor.reins.go_on()
+    await watched.ready()
+    assert len(watched.launch.processes) == 1
+
+
+async def test_the_end_of_an_engine_that_the_owner_stopped(watched: Watched) -> None:
+    await watched.ready()
+    watched.supervisor.reins.stop()
+    await watched.ticks()
+    await watched.end()
+    assert all(process.returncode is not None for process in watched.launch.processes)
 
 
 # ending

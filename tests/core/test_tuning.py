@@ -99,7 +99,7 @@ def test_the_choice_is_one_of_what_was_seen(points: list[Point], slots_max: int,
 
 def test_only_streams_that_fit_count() -> None:
     """More streams that gained say nothing of fewer that didn't."""
-    seen = point(1, 10.0, (2, 10.0), (4, 20.0))
+    seen = point(1, 10.0, (2, 8.0), (4, 20.0))
     assert tuning.choose([seen], slots_max=2, writes=True).slots == 1
     assert tuning.choose([seen], slots_max=4, writes=True).slots == 4
 

@@ -85,8 +85,11 @@ def test_the_table_is_complete() -> None:
 
 def test_a_stopped_engine_has_no_time() -> None:
     for phase in ("loading", "backing_off"):
-        after, effects = step(state(phase), Resumed(7_000), now_ms=NOW)
-        assert (after.since_ms, after.until_ms, effects) == (state(phase).since_ms + 7_000, UNTIL + 7_000, ())
+        after, effects = step(state(phase), Resumed(3_000), now_ms=NOW)
+        assert (after.since_ms, after.until_ms, effects) == (state(phase).since_ms + 3_000, UNTIL + 3_000, ())
+        began_meanwhile, _ = step(state(phase, since_ms=NOW - 100), Resumed(8 * 3_600_000), now_ms=NOW)
+        assert began_meanwhile.until_ms == UNTIL + 100, "an engine that ended during a night's pause isn't put off for a night"
+        assert began_meanwhile.since_ms == NOW
     still = UNTIL + 5_000
     resumed, _ = step(state("loading"), Resumed(7_000), now_ms=still)
     assert step(resumed, IDLE, now_ms=still)[0].phase == "loading", "it would have loaded too long without"

@@ -2,10 +2,13 @@
 
 import asyncio
 import contextlib
+import functools
 import importlib.util
+import os
 import signal
 from asyncio.subprocess import DEVNULL, PIPE, Process
 from collections.abc import Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +65,7 @@ class EngineProcess:
         Raises BadChecksum if a file changed on disk (engines load many damaged ones and write nonsense), and OSError if one can't be read.
         """
         for path, sha256 in self._files.items():
-            if await asyncio.to_thread(hash_file, path) != sha256:
+            if await asyncio.get_running_loop().run_in_executor(_idle_thread(), hash_file, path) != sha256:
                 raise BadChecksum(f"{path.name} changed on disk; run `fallow models pull` again")
         self.clean_up()
         await asyncio.to_thread(self._cgroups.make, self._name, memory_bytes=self._memory_bytes)
@@ -96,6 +99,17 @@ class EngineProcess:
         with contextlib.suppress(OSError):
             self.socket.parent.rmdir()
         self._cgroups.remove(self._name)
+
+
+def _give_way() -> None:
+    """For a thread that reads gigabytes while an owner may be at work. An ordinary user's can't be raised again."""
+    if hasattr(os, "SCHED_IDLE"):
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+
+
+@functools.cache
+def _idle_thread() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(1, thread_name_prefix="idle", initializer=_give_way)
 
 
 def socket_path(folder: Path, name: str) -> Path:

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import functools
 import logging
+import random
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,16 +16,21 @@ from fallow.model.errors import BrokerLost, StartFailed
 from fallow.ports import Delivery, Hear
 
 CONNECT_S = 2
-RECONNECT_WAIT_S = 0.1
+RECONNECT_WAIT_S = (0.1, 0.5)
+"""Each connection draws its own: a broker that comes back isn't met by all nodes at once."""
 PING_S = 1
 PINGS_MISSED_MAX = 2
 PENDING_MESSAGES_MAX = 131_072
 PENDING_BYTES_MAX = 256 * 1024 * 1024
 CLOSE_S = 1.0
-REBUILD_WAIT_S = 0.5
+REBUILD_WAIT_S = (0.3, 1.0)
 
 
 log = logging.getLogger("fallow.bus")
+
+
+def _drawn(bounds: tuple[float, float]) -> float:
+    return random.uniform(*bounds)  # noqa: S311  (nothing secret)
 
 
 class NatsBus:
@@ -59,7 +65,7 @@ class NatsBus:
                 token=self._secret or None,
                 allow_reconnect=True,
                 max_reconnect_attempts=-1,
-                reconnect_time_wait=RECONNECT_WAIT_S,  # type: ignore[arg-type]  # a fraction works
+                reconnect_time_wait=_drawn(RECONNECT_WAIT_S),  # type: ignore[arg-type]  # a fraction works
                 connect_timeout=CONNECT_S,
                 ping_interval=PING_S,
                 max_outstanding_pings=PINGS_MISSED_MAX,
@@ -98,7 +104,7 @@ class NatsBus:
                 return await self._open()
             except Exception as error:  # noqa: BLE001  (the outermost loop of the connection: it must come back whatever happens)
                 log.info("no connection to the broker yet: %s", type(error).__name__)
-            await asyncio.sleep(REBUILD_WAIT_S)
+            await asyncio.sleep(_drawn(REBUILD_WAIT_S))
 
     def is_up(self) -> bool:
         return self._client is not None and bool(self._client.is_connected)

@@ -32,19 +32,32 @@ class OwnerRecord:
 
     def __init__(self, data: Path) -> None:
         self._folder = make_folder(data / FOLDER)
+        self.paused_until_wall_ms: int | None = None
+        """Until when the owner paused; None if they didn't. In force as soon as it is set."""
+        self.read_pause()
+
+    def read_pause(self) -> None:
+        """What was kept."""
         pause = self._read("pause.json", Pause)
-        self.paused_until_wall_ms: int | None = None if pause is None else pause.until_wall_ms
-        """None if the owner didn't pause."""
+        self.paused_until_wall_ms = None if pause is None else pause.until_wall_ms
+
+    def keep_pause(self) -> None:
+        """Write down what is in force; raises StartFailed or OSError."""
+        until = self.paused_until_wall_ms
+        if until is None:
+            (self._folder / "pause.json").unlink(missing_ok=True)
+        else:
+            write_private(self._folder / "pause.json", msgspec.json.encode(Pause(until_wall_ms=until)).decode())
 
     def pause(self, until_wall_ms: int) -> None:
-        """In force at once; raises StartFailed if it can't be written down too."""
+        """Raises StartFailed or OSError if it can't be written down."""
         self.paused_until_wall_ms = until_wall_ms
-        write_private(self._folder / "pause.json", msgspec.json.encode(Pause(until_wall_ms=until_wall_ms)).decode())
+        self.keep_pause()
 
     def resume(self) -> None:
         """The owner's pause is over."""
         self.paused_until_wall_ms = None
-        (self._folder / "pause.json").unlink(missing_ok=True)
+        self.keep_pause()
 
     def work(self, day: str) -> Work:
         """What was done on this day so far."""

@@ -4,10 +4,12 @@ import contextlib
 import os
 import signal
 from asyncio.subprocess import Process
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 import psutil
+
+from fallow.ports import Clock
 
 PROC = Path("/proc")
 CAN_PIN = hasattr(os, "sched_setaffinity")
@@ -16,10 +18,16 @@ TASKS_MAX = 4_096
 
 
 class Reins:
-    """One engine's process group, whichever process it is at the moment. A stopped one keeps its memory."""
+    """One engine's process group, whichever process it is at the moment. A stopped one keeps its memory.
 
-    def __init__(self) -> None:
+    `resumed(stopped_ms)` hears of it when it goes on.
+    """
+
+    def __init__(self, clock: Clock, resumed: Callable[[int], None]) -> None:
         self.is_stopped = False
+        self._clock = clock
+        self._resumed = resumed
+        self._stopped_at_ms = 0
         self._process: Process | None = None
         self._cpus: frozenset[int] | None = None
 
@@ -37,6 +45,8 @@ class Reins:
 
     def stop(self) -> None:
         """Stop it at once."""
+        if not self.is_stopped:
+            self._stopped_at_ms = self._clock.now_ms()
         self.is_stopped = True
         self._signal(signal.SIGSTOP)
 
@@ -45,6 +55,7 @@ class Reins:
         if self.is_stopped:
             self.is_stopped = False
             self._signal(signal.SIGCONT)
+            self._resumed(self._clock.now_ms() - self._stopped_at_ms)
 
     def keep_to(self, cpus: Collection[int] | None) -> None:
         """Let its threads run on these CPUs only; None: on all that we may use."""

@@ -38,6 +38,7 @@ TEMPLATE = """\
 # on_battery = "profile"
 # How full the battery must be, also while it charges.
 # battery_percent_min = "profile"
+# 0: don't look at the temperature.
 # temperature_c_max = "profile"
 # memory_free_percent_min = "profile"
 # disk_free_gb_min = "profile"
@@ -93,7 +94,7 @@ class Lend(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     while_metered: bool | AsProfile = "profile"
     on_battery: bool | AsProfile = "profile"
     battery_percent_min: Share | AsProfile = "profile"
-    temperature_c_max: Annotated[float, Meta(ge=20, le=120)] | AsProfile = "profile"
+    temperature_c_max: Annotated[float, Meta(ge=0, le=120)] | AsProfile = "profile"
     memory_free_percent_min: Share | AsProfile = "profile"
     disk_free_gb_min: Annotated[float, Meta(ge=0, le=100_000)] | AsProfile = "profile"
     upload_gb_per_day: Annotated[float, Meta(ge=0, le=100_000)] = 0.0

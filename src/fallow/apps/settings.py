@@ -5,7 +5,7 @@ import re
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import msgspec
 import platformdirs
@@ -216,7 +216,7 @@ def _convert(document: dict[str, Any], where: Callable[[str], str], fault: type[
         settings = msgspec.convert(document, Document)
     except msgspec.ValidationError as error:
         found = complaint.read(str(error))
-        message = "there is no such setting" if found.kind == "unknown" else found.message
+        message = "there is no such setting" if found.kind == "unknown" else found.message + _choices(found.path)
         raise fault(f"{where(found.path)}: {found.path}: {message}") from None
     listen = LISTEN.match(settings.hub.listen)
     if listen is None or int(listen.group(2)) > PORT_MAX:
@@ -230,6 +230,15 @@ def _convert(document: dict[str, Any], where: Callable[[str], str], fault: type[
         except ValueError as error:
             raise fault(f"{where(name)}: {name}: {error}") from None
     return settings
+
+
+def _choices(name: str) -> str:
+    """The words that a setting may be, where it is one of a few."""
+    section, _, key = name.partition(".")
+    kind = next((f.type for f in msgspec.structs.fields(Document) if f.name == section), None)
+    field = next((f.type for f in msgspec.structs.fields(kind) if f.name == key), None) if kind is not None else None
+    words = [word for one in (field, *get_args(field)) if get_origin(one) is Literal for word in get_args(one)]
+    return f"; it may be {', '.join(word or 'empty' for word in words)}" if len(words) > 1 else ""
 
 
 def line_of(text: str, name: str) -> int:

@@ -18,7 +18,7 @@ from fallow.apps.run import Ready
 from fallow.apps.settings import KEY_FILE, LISTEN_DEFAULT, Settings, inherited
 from fallow.model.errors import EngineFailed, StartFailed
 
-PART_S_MAX = 120.0
+PART_S_MAX = 300.0
 LINE_BYTES_MAX = 4096
 READY_S_MAX = 10.0
 READY_POLL_S = 0.05
@@ -111,10 +111,9 @@ async def _start(settings: Settings, lend_flags: Sequence[str], parts: list[Part
     broker = ["--broker", settings.hub.broker] if settings.hub.broker else ["--listen", listen]
     parts.append(hub := await start_part(settings, "hub", broker))
     address = await hub.address()
-    models = [word for name in settings.node.models for word in ("--model", name)]
     gateway_flags = ["--hub", address, "--host", settings.gateway.host, "--port", str(settings.gateway.port)]
     parts.append(gateway := await start_part(settings, "gateway", gateway_flags))
-    parts.append(node := await start_part(settings, "lend", ["--hub", address, "--with-up", *models, *lend_flags]))
+    parts.append(node := await start_part(settings, "lend", ["--hub", address, "--with-up", *lend_flags]))
     base_url, node_id = await asyncio.gather(gateway.address(), node.address())
     await until_ready(base_url)
     return base_url, node_id

@@ -181,7 +181,8 @@ def _table(found: list[NodeView]) -> None:
             free = f"{offer.slots_free}/{offer.slots}{waiting}"
             region = [node.region] if has_regions else []
             heard = f"{node.heard_ms_ago / 1000:.1f} s"
-            table.add_row(node.node_id, offer.model, offer.readiness, free, node.hardware, *region, heard)
+            engine = offer.readiness if node.state in ("run", "throttle") else "paused"
+            table.add_row(node.node_id, offer.model, engine, free, node.hardware, *region, heard)
     Console().print(table if found else "no nodes; lend this machine with `fallow lend`")
 
 

@@ -133,20 +133,25 @@ def status(data: Path | None, *, as_json: bool) -> int:
 
 def _status_lines(found: OwnerStatus) -> list[str]:
     today = found.today
-    cores = f", {found.cores} cores" if found.cores else ""
+    cores = f", {_counted(found.cores, 'core')}" if found.cores else ""
     until = f", until {_local(found.until)}" if found.until else ""
     kwh = today.watt_s / 3_600_000
+    power = (
+        f"power      {kwh:.3f} kWh today = {today.usd:.4f} USD at {found.usd_per_kwh:g} USD/kWh; "
+        f"{found.watts:.0f} W when all lent cores work ({found.watts_method})"
+        if found.watts
+        else "power      not known of a server of your own"
+    )
     lines = [
         f"node       {found.node_id}, profile {found.profile}",
         f"state      {found.state}{cores} since {_local(found.since)}{until}",
         f"because    {found.detail} ({found.reason})",
-        f"lends      {', '.join(found.models) or 'nothing'}; {found.running} calls now",
+        f"lends      {', '.join(found.models) or 'nothing'}; {_counted(found.running, 'call')} now",
         f"isolation  {found.isolation}" + "".join(f"\n           {missing}" for missing in found.isolation_missing),
-        f"today      {today.calls} calls, {today.prompt_tokens:,} tokens read, {today.output_tokens:,} written, "
+        f"today      {_counted(today.calls, 'call')}, {today.prompt_tokens:,} tokens read, {today.output_tokens:,} written, "
         f"{today.uploaded_bytes / 1e6:.1f} MB sent",
-        f"           {_span(today.cpu_s * 1000)} of CPU, {today.pauses} pauses, {_span(today.paused_ms)} in all",
-        f"power      {kwh:.3f} kWh today = {today.usd:.4f} USD at {found.usd_per_kwh:g} USD/kWh; "
-        f"{found.watts:.0f} W when all lent cores work ({found.watts_method})",
+        f"           {_span(today.cpu_s * 1000)} of CPU, {_counted(today.pauses, 'pause')}, {_span(today.paused_ms)} in all",
+        power,
     ]
     if found.unread:
         lines.append(f"unknown    {', '.join(found.unread)}: this machine doesn't tell")
@@ -155,6 +160,10 @@ def _status_lines(found: OwnerStatus) -> list[str]:
     if found.needs_restart:
         lines.append(f"restart    needed for {', '.join(found.needs_restart)}")
     return lines
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def _span(ms: float) -> str:

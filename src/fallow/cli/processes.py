@@ -76,6 +76,7 @@ def up(data: Path | None, flags: dict[str, Any], *, ephemeral: bool, verbose: bo
         settings = _read(temporary or data, flags)
         chosen = {name: flags[f"lend.{name}"] for name in ("profile", "isolation")}
         lend_flags = [word for name, value in chosen.items() if value is not None for word in (f"--{name}", value)]
+        lend_flags += [word for name in flags["node.models"] or () for word in ("--model", name)]
 
         async def main(until: asyncio.Event) -> None:
             await _have_weights(settings, until)

@@ -146,6 +146,8 @@ def _running(gate: Gate, moment: Moment, unread: tuple[str, ...]) -> Gate:
     if allowed < most:
         state, reason = "throttle", "cores_busy"
         detail = f"others use {others(moment.senses) or 0.0:.1f} of {cores(moment.senses)} cores, so engines use {allowed} of {most}"
+        if gate.spare.last > gate.spare.cores:
+            detail = f"others used more until a moment ago, so engines still use {allowed} of {most} cores"
     if unread:
         detail += f"; can't be read: {', '.join(unread)}"
     since_ms = _since_ms(gate, state, reason, moment.now_ms)

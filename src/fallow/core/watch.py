@@ -100,7 +100,8 @@ def step(watch: Watch, event: Event, *, now_ms: int) -> tuple[Watch, tuple[Effec
         case "cold" | "backing_off", Exited():
             return watch, ()
         case "loading" | "backing_off", Resumed(stopped_ms):
-            return replace(watch, since_ms=watch.since_ms + stopped_ms, until_ms=watch.until_ms + stopped_ms), ()
+            stood_ms = max(0, min(stopped_ms, now_ms - watch.since_ms))  # the phase may have begun while it was stopped
+            return replace(watch, since_ms=watch.since_ms + stood_ms, until_ms=watch.until_ms + stood_ms), ()
         case "cold" | "ready" | "stopping" | "leaving", Resumed():
             return watch, ()
         case "loading", Tick() if now_ms > watch.until_ms:
@@ -154,7 +155,7 @@ def progress(watch: Watch, *, now_ms: int) -> float | None:
     """How far loading is, 0 to 1, from how long it took before; None unless it is loading."""
     if watch.phase != "loading":
         return None
-    passed = now_ms - watch.since_ms
+    passed = max(0, now_ms - watch.since_ms)
     return round(min(0.99, passed / (passed + ready_in_ms(watch, now_ms=now_ms))), 2)
 
 

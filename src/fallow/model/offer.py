@@ -28,6 +28,8 @@ class Speed(msgspec.Struct, frozen=True, kw_only=True):
     decode_tokens_per_s: Rate = 0.0
     decode_by_streams: Annotated[tuple[tuple[int, Rate], ...], Meta(max_length=16)] = ()
     """Tokens per second of all streams together, by how many there were."""
+    writes: bool = True
+    """False for what embeds or ranks: it answers at once when the prompt is read."""
 
 
 class Offer(msgspec.Struct, frozen=True, kw_only=True):

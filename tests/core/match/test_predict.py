@@ -115,6 +115,14 @@ def test_a_guess_is_said_to_be_one(decode: float, certainty: float) -> None:
     assert 0 < CERTAINTY_GUESSED < CERTAINTY_MEASURED < 1
 
 
+def test_what_embeds_is_done_when_the_prompt_is_read() -> None:
+    offer = candidate(decode=0.0)
+    embeds = replace(offer, offer=replace(offer.offer, speed=replace(offer.offer.speed, writes=False)))
+    times = predict(PLAIN, embeds)
+    assert times.first_token_in_ms == times.end_in_ms
+    assert times.certainty == CERTAINTY_MEASURED
+
+
 @PROMISE
 @given(some_needs, some_candidate, st.integers(1, 5))
 def test_more_work_never_makes_it_sooner(needs: Needs, offer: Candidate, more: int) -> None:

@@ -32,6 +32,13 @@ class _Slow(msgspec.Struct, frozen=True, kw_only=True):
     programs: frozenset[str] = frozenset()
 
 
+def leaf(error: BaseException) -> BaseException:
+    """The first error that isn't a group."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
+
+
 def _none_read(why: Unknown) -> _Slow:
     return _Slow(memory_free_share=why, memory_pressure=why, io_pressure=why, battery=why, temperature_c=why, disk_free_bytes=why)
 
@@ -82,9 +89,14 @@ class MachineSenses:
 
     async def refresh(self) -> None:
         """Read everything else, in some milliseconds unless something hangs. Not to be called twice at a time."""
-        async with asyncio.TaskGroup() as group:
-            desktop = group.create_task(self._desktop.read())
-            slow = group.create_task(self._refresh_slow())
+        try:
+            async with asyncio.TaskGroup() as group:
+                desktop = group.create_task(self._desktop.read())
+                slow = group.create_task(self._refresh_slow())
+        except Exception as error:  # noqa: BLE001  (old readings must not stay in force because a new one broke)
+            why = Unknown(f"reading it broke: {type(leaf(error)).__name__}")
+            self._slow, self._told = _none_read(why), DesktopSenses(input_idle_s=why, fullscreen=why, metered=why)
+            return
         self._told, self._slow = desktop.result(), slow.result()
 
     def senses(self, *, others_cores: float | Unknown, minute: int, uploaded_today_bytes: int, paused_until_ms: int | None) -> Senses:

@@ -40,6 +40,7 @@ class Desk:
         server = await asyncio.start_unix_server(self._visit, str(path), limit=LINE_BYTES_MAX)
         path.chmod(0o600)
         address = data / ADDRESS_FILE
+        self._record.read_pause()  # a command that found no desk a moment ago has left its word there
         write_private(address, msgspec.json.encode(DeskAddress(socket=str(path), pid=pid)).decode())
         try:
             async with server:
@@ -53,7 +54,7 @@ class Desk:
         try:
             async with asyncio.timeout(ASK_S_MAX):
                 if self._visitors <= VISITORS_MAX:
-                    answer = self._answer(await reader.readuntil(b"\n"))
+                    answer = await self._answer(await reader.readuntil(b"\n"))
                     writer.write(msgspec.json.encode(answer) + b"\n")
                     await writer.drain()
         except (TimeoutError, asyncio.IncompleteReadError, asyncio.LimitOverrunError, OSError):
@@ -64,22 +65,20 @@ class Desk:
             with contextlib.suppress(OSError):
                 await writer.wait_closed()
 
-    def _answer(self, line: bytes) -> DeskAnswer:
+    async def _answer(self, line: bytes) -> DeskAnswer:
         try:
             asked = msgspec.json.decode(line, type=DeskRequest)
         except msgspec.DecodeError as error:
             return DeskAnswer(error=f"the node doesn't understand this command: {error}; are both of one version?")
+        if asked.ask == "status":
+            return DeskAnswer(status=self._status())
+        wall = self._clock.wall_ms()
+        for_s = asked.for_s
+        self._record.paused_until_wall_ms = None if asked.ask == "resume" else FOREVER_MS if for_s is None else wall + round(for_s * 1000)
+        self._look_now()  # first the engines, then the disk
+        answer = DeskAnswer(status=self._status())
         try:
-            match asked.ask:
-                case "pause":
-                    wall = self._clock.wall_ms()
-                    self._record.pause(FOREVER_MS if asked.for_s is None else wall + round(asked.for_s * 1000))
-                case "resume":
-                    self._record.resume()
-                case "status":
-                    pass
+            await asyncio.to_thread(self._record.keep_pause)
         except (FallowError, OSError) as error:
-            log.warning("the owner's pause is in force, but can't be kept over a restart: %s", error)
-        if asked.ask != "status":
-            self._look_now()
-        return DeskAnswer(status=self._status())
+            log.warning("the owner's word is in force, but can't be kept over a restart: %s", error)
+        return answer

@@ -5,6 +5,8 @@ import logging
 from collections.abc import Callable, Iterable
 from typing import Protocol
 
+from msgspec.structs import replace
+
 from fallow.adapters.clock import local_minute
 from fallow.adapters.owner_record import OwnerRecord, stamp
 from fallow.adapters.quiet_cpus import QuietCpus
@@ -20,6 +22,8 @@ LOOK_IDLE_S = 0.3
 """While no call runs there is nothing that could disturb anybody."""
 SAMPLE_MS_MIN = 50
 """A shorter one is a handful of the kernel's ticks, and says nothing."""
+PIN_MS = 2_000
+"""How often the quietest cores are chosen anew."""
 REFRESH_S = 2.0
 """What changes slowly or costs more to read: memory, battery, temperature, the desktop."""
 
@@ -50,8 +54,11 @@ class Engines(Protocol):
     def free(self) -> None:
         """End them: their memory is needed."""
 
-    def fetch_back(self) -> None:
-        """Load what was there before."""
+    def fetch_back(self) -> bool:
+        """Load what was there before; False if that must wait until the old one has ended."""
+
+    @property
+    def are_loading(self) -> bool: ...
 
 
 class Gatekeeper:
@@ -72,7 +79,13 @@ class Gatekeeper:
         self._look_now = asyncio.Event()
         self._is_held = False
         self._is_freed = False
+        self._is_owed = False
+        self._pinned_at_ms = 0
+        self._episode: Entry | None = None
+        self._episode_at_ms = clock.now_ms()
         self.looked = asyncio.Event()
+        self.closed = asyncio.Event()
+        """Set while the machine may not work."""
         self._used_cpu_s = 0.0
         self._sampled_at_ms = 0
         self._others_cores: float | Unknown = 0.0
@@ -89,7 +102,7 @@ class Gatekeeper:
 
     def fetch_back_later(self) -> None:
         """There is something to be loaded as soon as the machine may work."""
-        self._is_freed = True
+        self._is_owed = True
 
     def look_now(self) -> None:
         """Something changed that shouldn't wait for the next look."""
@@ -101,12 +114,12 @@ class Gatekeeper:
         loop = asyncio.get_running_loop()
         refreshing: asyncio.Task[None] | None = None
         try:
-            await self._sensing.refresh()
+            await self._slowly()
             while True:
                 if loop.time() - refreshed_at >= REFRESH_S and (refreshing is None or refreshing.done()):
                     refreshed_at = loop.time()
                     self._meter()
-                    refreshing = asyncio.create_task(self._sensing.refresh(), name="senses")
+                    refreshing = asyncio.create_task(self._slowly(), name="senses")
                 self.look()
                 try:
                     async with asyncio.timeout(LOOK_IDLE_S if self.is_idle() and not self._is_held else LOOK_S):
@@ -120,7 +133,13 @@ class Gatekeeper:
             for reins in self._engines.reins():
                 reins.go_on()
             self._meter()
-            self._work.keep(now=True)
+            self._work.keep()
+
+    async def _slowly(self) -> None:
+        """What takes time, or may hang: it must never keep a look waiting."""
+        await self._sensing.refresh()
+        if self._work.is_due():
+            await asyncio.to_thread(self._work.keep)
 
     def look(self) -> None:
         """One look, and what follows from it."""
@@ -132,6 +151,8 @@ class Gatekeeper:
             paused_until_ms=self._paused_until(now, wall),
         )
         self._cores = senses.cores
+        if self._engines.are_loading:
+            senses = replace(senses, io_pressure=None)  # that is we ourselves, reading weights
         before = self.verdict
         self._gate = owner_gate.step(self._gate, senses, self.limits, now_ms=now)
         if self.verdict.state in WORKING:
@@ -143,20 +164,22 @@ class Gatekeeper:
 
     def _let_work(self, before: Verdict) -> None:
         after = self.verdict
+        self.closed.clear()
         if self._is_held:
             for reins in self._engines.reins():
                 reins.go_on()
-        if self._is_freed:
-            self._engines.fetch_back()
+        self._is_owed |= self._is_freed
         self._is_held = self._is_freed = False
-        if after.cores < self._engines.threads or after.cores != before.cores:
-            self._pin(after)
+        if self._is_owed:
+            self._is_owed = not self._engines.fetch_back()
+        self._pin(before, after)
         if after.state != before.state:
             self.tell(after, False)
 
     def _hold_back(self, before: Verdict) -> None:
         """First the engines, then the word: the owner shouldn't wait for a network."""
         after = self.verdict
+        self.closed.set()
         may_end = after.grace_ms > 0 and not self.is_idle()
         stops = not self._is_held and not may_end
         if stops:
@@ -172,14 +195,26 @@ class Gatekeeper:
             self._work.paused()
 
     def _note(self, before: Verdict, now: int, wall: int) -> None:
-        """What is over goes into the owner's log."""
-        after, lasted = self.verdict, now - before.since_ms
-        if (before.state, before.reason) == (after.state, after.reason):
+        """What is over goes into the owner's log: all the time that it worked, or did not for one reason, is one entry.
+
+        The quiet period belongs to what came before it: work that comes and goes would fill the log otherwise.
+        """
+        after, known = self.verdict, self._episode
+        if (before.state, before.reason) != (after.state, after.reason):
+            log.info("%s: %s (%s)", after.state, after.reason, after.detail)
+        works = after.state in WORKING
+        if known is not None and (known.state == "run" if works else known.reason == after.reason or after.reason == "settling"):
             return
-        log.info("%s: %s (%s)", after.state, after.reason, after.detail)
-        if self.looked.is_set():
-            began = stamp(wall - lasted)
-            self._record.note(Entry(at=began, state=before.state, reason=before.reason, detail=before.detail, lasted_ms=lasted))
+        if known is not None:
+            self._record.note(replace(known, lasted_ms=now - self._episode_at_ms))
+        self._episode_at_ms = now
+        self._episode = Entry(
+            at=stamp(wall),
+            state="run" if works else after.state,
+            reason="clear" if works else after.reason,
+            detail="all limits are kept" if works else after.detail,
+            lasted_ms=0,
+        )
 
     def _others(self, now: int) -> float | Unknown:
         """A new sample; but what a look between two samples sees must not count as a second one over the limit."""
@@ -205,11 +240,14 @@ class Gatekeeper:
         if self.verdict.state in ("pause", "leave"):
             self._work.paused(now - self._metered_at_ms)
         self._metered_at_ms = now
-        self._work.keep()
 
-    def _pin(self, verdict: Verdict) -> None:
+    def _pin(self, before: Verdict, after: Verdict) -> None:
         """Under SCHED_IDLE a team with one starved thread crawls: keep it off the cores that others use."""
-        cpus = self._quiet_cpus.choose(verdict.cores) if verdict.cores < self._engines.threads else None
+        now = self._clock.now_ms()
+        if after.cores == before.cores and (after.cores >= self._engines.threads or now - self._pinned_at_ms < PIN_MS):
+            return
+        self._pinned_at_ms = now
+        cpus = self._quiet_cpus.choose(after.cores) if after.cores < self._engines.threads else None
         for reins in self._engines.reins():
             reins.keep_to(cpus)
 

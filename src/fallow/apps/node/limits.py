@@ -36,7 +36,7 @@ def _lend(lend: Lend) -> dict[str, Any]:
         "while_metered": lend.while_metered,
         "on_battery": lend.on_battery,
         "battery_percent_min": lend.battery_percent_min,
-        "temperature_c_max": lend.temperature_c_max,
+        "temperature_c_max": lend.temperature_c_max or None,
         "memory_free_share_min": _times(lend.memory_free_percent_min, 0.01),
         "disk_free_bytes_min": _times(lend.disk_free_gb_min, GB),
         "leave_after_ms": _times_unless_off(lend.leave_after_s, SECOND_MS),

@@ -1,5 +1,6 @@
 """From an entry of the catalogue to a model that the node serves: measured once, sized, and with an engine in its jail."""
 
+import asyncio
 import functools
 import logging
 import os
@@ -17,6 +18,7 @@ from fallow.adapters.onnx_process import OnnxProcess
 from fallow.adapters.senses.cpu import OthersCpu
 from fallow.adapters.store import Store
 from fallow.apps.node.engine_served import EngineServed, Facts
+from fallow.apps.node.gatekeeper import Gatekeeper
 from fallow.apps.node.measuring import known_or_measured
 from fallow.apps.node.room import Room
 from fallow.apps.node.subject import Sources, Subject, subject_of
@@ -26,7 +28,7 @@ from fallow.apps.node.vector_served import EMBEDDING_PATHS, RERANK_PATHS, Vector
 from fallow.apps.settings import Settings
 from fallow.core import tuning
 from fallow.core.sizing import EngineSize, tuned
-from fallow.model.errors import EngineFailed
+from fallow.model.errors import BadChecksum, EngineFailed
 from fallow.model.measured import Measured, Work
 from fallow.model.offer import Speed
 from fallow.model.owner import Unknown
@@ -35,7 +37,8 @@ from fallow.ports import Clock
 
 PATHS: dict[Work, frozenset[str]] = {"text": TEXT_PATHS, "embeddings": EMBEDDING_PATHS, "rerank": RERANK_PATHS}
 
-BUSY_CORES = 0.3
+BUSY_CORES_MIN = 0.3
+BUSY_SHARE = 0.15
 """What others may use while a model is measured; else the figures say more about them, and aren't kept."""
 
 log = logging.getLogger("fallow.node")
@@ -63,22 +66,36 @@ class Loader:
         threads = self._settings.node.threads
         return subject_of(weights, self._sources, threads=(threads,) if threads else tuning.candidates(self._cores_max))
 
-    async def measure(self, subject: Subject) -> Measured | None:
-        """How fast it is here: remembered, or seen now. None if the engine can't be asked; it is then lent unmeasured."""
+    async def measure(self, subject: Subject, gatekeeper: Gatekeeper) -> Measured | None:
+        """How fast it is here: remembered, or seen now. None if the owner needs the machine, or the engine can't be asked.
+
+        A model that wasn't measured is lent all the same; the next start tries again.
+        """
         key = key_of(machine.read_hardware(), self._cores_max)
         others = OthersCpu([os.getpid()])
         others.sample()
 
         def was_quiet() -> bool:
             busy = others.sample()
-            return isinstance(busy, Unknown) or busy < BUSY_CORES
+            return isinstance(busy, Unknown) or busy < max(BUSY_CORES_MIN, BUSY_SHARE * machine.usable_cpus())
 
         cache = Measurements(self._settings.models_folder)
+        measuring = asyncio.ensure_future(known_or_measured(subject, cache, key, self._clock, meter=rapl.open_meter(), was_quiet=was_quiet))
+        closed = asyncio.ensure_future(gatekeeper.closed.wait())
         try:
-            return await known_or_measured(subject, cache, key, self._clock, meter=rapl.open_meter(), was_quiet=was_quiet)
-        except EngineFailed as error:
+            await asyncio.wait([measuring, closed], return_when=asyncio.FIRST_COMPLETED)
+            if not measuring.done():
+                log.info("%s is not measured now: %s", subject.model, gatekeeper.verdict.detail)
+                return None
+            return measuring.result()
+        except (EngineFailed, BadChecksum) as error:
             log.warning("%s could not be measured: %s", subject.model, error)
             return None
+        finally:
+            closed.cancel()
+            measuring.cancel()
+            await asyncio.wait([measuring])  # its engine ends first
+            others.close()
 
     def load(self, weights: Weights, subject: Subject, measured: Measured | None) -> EngineServed:
         """What the node serves; raises StartFailed if it is too large."""
@@ -96,7 +113,7 @@ class Loader:
             dimensions=subject.dimensions,
             may_shorten=weights.shorter_dimensions,
             control_tokens=subject.control_tokens,
-            speed=speed_of(measured),
+            speed=speed_of(subject.work, measured),
         )
         client = HttpEngine(str(launch.socket))
         node = self._settings.node
@@ -112,12 +129,13 @@ class Loader:
         return msgspec.structs.replace(size, threads=node.threads or min(size.threads, self._cores_max), slots=node.slots or size.slots)
 
 
-def speed_of(measured: Measured | None) -> Speed:
+def speed_of(work: Work, measured: Measured | None) -> Speed:
     """What an offer says of it."""
     if measured is None:
-        return Speed()
+        return Speed(writes=work == "text")
     return Speed(
         prefill_tokens_per_s=measured.prefill_tokens_per_s,
         decode_tokens_per_s=measured.decode_tokens_per_s,
         decode_by_streams=measured.decode_by_streams,
+        writes=work == "text",
     )

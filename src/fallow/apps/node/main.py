@@ -1,6 +1,7 @@
 """The node's process: what it serves, where, and for whom."""
 
 import asyncio
+import logging
 import os
 import shutil
 import tempfile
@@ -17,13 +18,10 @@ from fallow.adapters.engine_process import SOCKET_PATH_MAX, socket_path
 from fallow.adapters.files import make_folder, only_one, read_or_make
 from fallow.adapters.jail import NO_JAIL, Jail, detect
 from fallow.adapters.nats_bus import NatsBus
-from fallow.adapters.owner_record import OwnerRecord
 from fallow.apps.node.attached import attach
-from fallow.apps.node.limits import limits_of
 from fallow.apps.node.loading import Loader
 from fallow.apps.node.node import Node
 from fallow.apps.node.owner_side import OwnerSide
-from fallow.apps.node.pricing import Pricing
 from fallow.apps.node.room import Room
 from fallow.apps.node.served import Served
 from fallow.apps.run import tell_ready
@@ -33,14 +31,16 @@ from fallow.model.card import Card, Hardware
 from fallow.model.errors import StartFailed
 from fallow.model.ids import NodeId, OrgId
 from fallow.model.measured import Measured
-from fallow.model.owner import Profile
 from fallow.ports import Clock
 
 CARD_LIFE_MS = 24 * 3_600_000
 SOCKET_NAME = "e99"
 LOAD_POLL_S = 0.1
+MEASURE_MS_MAX = 120_000
+"""For all models of one start; those that it isn't enough for are lent unmeasured."""
 
 T = TypeVar("T")
+log = logging.getLogger("fallow.node")
 
 
 class Joining(msgspec.Struct, frozen=True, kw_only=True):
@@ -59,45 +59,53 @@ class Joining(msgspec.Struct, frozen=True, kw_only=True):
 
 
 async def run_node(settings: Settings, joining: Joining, until: asyncio.Event) -> None:
-    """Lend this machine until told to stop; raises StartFailed, FetchFailed, MissingExtra."""
+    """Lend this machine until told to stop; raises StartFailed, BadModelFile, MissingExtra."""
     with only_one(settings.data, "node"):
         node_id = NodeId(read_or_make(settings.data / "node_id", prefix="node-", length=4))
         clock = SystemClock()
         folder = _socket_folder(settings.data)
+        owner = OwnerSide(
+            settings,
+            node_id=node_id,
+            default="dedicated" if joining.with_up else "invisible",
+            roots=[os.getppid() if joining.with_up else os.getpid()],
+            is_attached=bool(joining.engine),
+            reload=joining.reload,
+            clock=clock,
+        )
         try:
-            default: Profile = "dedicated" if joining.with_up else "invisible"
-            if joining.engine:
-                lent = await _until_told(_attached(joining, settings), until)
-            else:
-                lent = await _until_told(_packaged(settings, folder, default, clock), until)
-            if lent is None:
-                return
-            served = lent.served
-            owner = OwnerSide(
-                settings,
-                served,
-                jail=lent.jail,
-                default=default,
-                roots=[os.getppid() if joining.with_up else os.getpid()],
-                pricing=Pricing(settings, lent.measured),
-                reload=joining.reload,
-                clock=clock,
-            )
-            bus = NatsBus(joining.hub, joining.secret, node_id)
-            await bus.connect()
-            try:
-                node = Node(_card(node_id, settings, lent, clock), served, bus, clock)
-                async with asyncio.TaskGroup() as group:
-                    keeping = group.create_task(owner.run(folder), name="owner")
-                    serving = group.create_task(node.run(until), name="node")
-                    loading = group.create_task(_tell_when_ready(owner, node, served, joining.ready), name="ready")
-                    serving.add_done_callback(lambda _: (loading.cancel(), keeping.cancel()))
-                    await until.wait()
-                    loading.cancel()
-            finally:
-                await bus.close()
+            async with asyncio.TaskGroup() as group:
+                keeping = group.create_task(owner.run(folder), name="owner")  # before anything else runs here
+                await owner.gatekeeper.looked.wait()
+                try:
+                    preparing = _attached(joining, settings) if joining.engine else _packaged(settings, folder, owner, clock)
+                    lent = await _until_told(preparing, until)
+                    if lent is not None:
+                        owner.lend(lent.served, lent.jail, lent.measured)
+                        await _join(settings, joining, owner, lent, _card(node_id, settings, lent, clock), until, clock)
+                finally:
+                    keeping.cancel()
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+async def _join(
+    settings: Settings, joining: Joining, owner: OwnerSide, lent: "Lent", card: Card, until: asyncio.Event, clock: Clock
+) -> None:
+    """Be on the network until told to stop."""
+    bus = NatsBus(joining.hub, joining.secret, card.node_id)
+    await bus.connect()
+    try:
+        node = Node(card, lent.served, bus, clock)
+        async with asyncio.TaskGroup() as group:
+            serving = group.create_task(node.run(until), name="node")
+            loading = group.create_task(_tell_when_ready(owner, node, lent.served, joining.ready), name="ready")
+            serving.add_done_callback(lambda _: loading.cancel())
+            await until.wait()
+            loading.cancel()
+            owner.gatekeeper.tell = lambda verdict, drops: None  # what happens now is the node's own leaving
+    finally:
+        await bus.close()
 
 
 async def _until_told(work: Coroutine[None, None, T], until: asyncio.Event) -> T | None:
@@ -120,7 +128,6 @@ async def _tell_when_ready(owner: OwnerSide, node: Node, served: list[Served], r
     A machine whose owner needs it now is ready too: it will load when it may.
     """
     await asyncio.sleep(0)  # the node's task starts the supervisors first
-    await owner.gatekeeper.looked.wait()
     owner.join(node)
     while owner.may_work() and (failure := await served[0].ready()) is not None:
         if failure.code == "engine_failed":
@@ -157,21 +164,22 @@ class Lent(msgspec.Struct, frozen=True, kw_only=True):
     measured: dict[str, Measured]
 
 
-async def _packaged(settings: Settings, folder: Path, default: Profile, clock: Clock) -> Lent:
+async def _packaged(settings: Settings, folder: Path, owner: OwnerSide, clock: Clock) -> Lent:
     """All models that this machine lends, whose files are here; raises StartFailed, BadModelFile, MissingExtra."""
     jail = await asyncio.to_thread(detect, settings.lend.isolation)
     groups = await asyncio.to_thread(cgroup.detect)
-    limits = limits_of(settings, default=default, cores_physical=machine.physical_cores(), cores=machine.usable_cpus())
+    log.info("isolation %s; control groups: %s", jail.level, groups.why_not or "delegated")
     limit = memory_limit(memory_free_bytes=machine.free_memory_bytes(), wanted_gb=settings.node.memory_gb)
-    loader = Loader(settings, folder, Room(limit), clock, jail=jail, cgroups=groups, cores_max=limits.cores_max)
+    loader = Loader(settings, folder, Room(limit), clock, jail=jail, cgroups=groups, cores_max=owner.gatekeeper.limits.cores_max)
     catalogue = load_catalogue(settings.data)
     served: list[Served] = []
     measured: dict[str, Measured] = {}
-    may_measure = settings.lend.measure and OwnerRecord(settings.data).paused_until_wall_ms is None
+    until_ms = clock.now_ms() + MEASURE_MS_MAX
     for name in dict.fromkeys(catalogue.find(name).name for name in settings.node.models):
         weights = catalogue.find(name)
         subject = loader.find(weights)
-        known = await loader.measure(subject) if may_measure else None
+        may_measure = settings.lend.measure and clock.now_ms() < until_ms
+        known = await loader.measure(subject, owner.gatekeeper) if may_measure else None
         if known is not None:
             measured[subject.model] = known
         served.append(loader.load(weights, subject, known))

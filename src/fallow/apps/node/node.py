@@ -75,8 +75,9 @@ class Node:
     # what the owner says
     def take(self, verdict: Verdict, drops: bool) -> None:
         """Tell everyone what the owner gate says; with `drops`, calls that run end here, to go on elsewhere."""
-        if self._group is not None:
-            self._pulse.state = verdict.state
+        if self._group is not None and not self._is_leaving:
+            # Freed memory is nothing that gateways need to know; "leave" would mean that the node goes for good.
+            self._pulse.state = "pause" if verdict.state == "leave" else verdict.state
             self._spawn(self._yield(list(self.jobs) if drops else []))
 
     async def _yield(self, jobs: list[Job]) -> None:

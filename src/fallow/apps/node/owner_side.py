@@ -2,7 +2,7 @@
 
 import asyncio
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
@@ -24,6 +24,8 @@ from fallow.apps.node.text_served import TEXT_PATHS
 from fallow.apps.node.vector_served import EMBEDDING_PATHS, RERANK_PATHS
 from fallow.apps.node.workbook import WorkBook
 from fallow.apps.settings import Settings, desktop
+from fallow.model.ids import NodeId
+from fallow.model.measured import Measured
 from fallow.model.owner import Limits, OwnerStatus, Profile, Refusals
 from fallow.ports import Clock
 
@@ -33,9 +35,13 @@ PATHS_OF_KIND = {"text": TEXT_PATHS, "embeddings": EMBEDDING_PATHS, "rerank": RE
 class LentEngines:
     """The engines of our own, as the gatekeeper sees them; an attached server has none."""
 
-    def __init__(self, served: Sequence[Served]) -> None:
-        self._served = [one for one in served if isinstance(one, EngineServed)]
+    def __init__(self) -> None:
+        self._served: list[EngineServed] = []
         self._left: list[EngineServed] = []
+
+    def take(self, served: Sequence[Served]) -> None:
+        """From now on these are there."""
+        self._served = [one for one in served if isinstance(one, EngineServed)]
 
     def reins(self) -> Iterable[Reins]:
         return [one.supervisor.reins for one in self._served]
@@ -54,11 +60,18 @@ class LentEngines:
         """Nothing was loaded when the node started; the first model should be there once it may work."""
         self._left = self._served[:1]
 
-    def fetch_back(self) -> None:
+    def fetch_back(self) -> bool:
         """Only the first: the others are loaded when somebody calls for them."""
+        if any(one.supervisor.phase == "leaving" for one in self._left):
+            return False
         for one in self._left[:1]:
             one.want()
         self._left = []
+        return True
+
+    @property
+    def are_loading(self) -> bool:
+        return any(one.supervisor.phase == "loading" for one in self._served)
 
 
 def refusals_of(settings: Settings) -> Refusals:
@@ -78,24 +91,25 @@ class OwnerSide:
     def __init__(
         self,
         settings: Settings,
-        served: Sequence[Served],
         *,
-        jail: Jail,
+        node_id: NodeId,
         default: Profile,
         roots: Sequence[int],
-        pricing: Pricing,
+        is_attached: bool,
         reload: Callable[[], Settings],
         clock: Clock,
     ) -> None:
         self._settings = settings
-        self._served = served
-        self._jail = jail
+        self._node_id = node_id
         self._default = default
-        self._pricing = pricing
+        self._is_attached = is_attached
         self._clock = clock
-        self._engines = LentEngines(served)
+        self._served: Sequence[Served] = ()
+        self._isolation: tuple[str, tuple[str, ...]] = ("", ())
+        self._pricing = Pricing(settings, {})
+        self._engines = LentEngines()
         self._record = OwnerRecord(settings.data)
-        self._work = WorkBook(self._record, clock, lambda cores: pricing.watts(cores).value)
+        self._work = WorkBook(self._record, clock, lambda cores: self._pricing.watts(cores).value)
         here = desktop()
         self._sensing = MachineSenses(
             roots=roots,
@@ -106,15 +120,15 @@ class OwnerSide:
             has_display=here.has_display,
         )
         self.gatekeeper = Gatekeeper(self._sensing, self._limits(settings), self._engines, self._record, self._work, clock)
-        self._watch = SettingsWatch(settings, reload, self._take)
+        at_start = ("isolation", "measure", "cores", *(("refuse_kinds", "refuse_models") if is_attached else ()))
+        self._watch = SettingsWatch(settings, reload, self._take, at_start)
         self._node: Node | None = None
-        self._usd_per_kwh = 0.0
+        self._usd_per_kwh = settings.power.usd_per_kwh
         self.gatekeeper.power_costs = self._reprice
-        self._reprice(settings.power.usd_per_kwh)
 
     def _limits(self, settings: Settings) -> Limits:
         limits = limits_of(settings, default=self._default, cores_physical=machine.physical_cores(), cores=machine.usable_cpus())
-        if any(not isinstance(one, EngineServed) for one in self._served):  # an attached server's use can't be told from the owner's
+        if self._is_attached:  # its use can't be told from the owner's
             limits = msgspec.structs.replace(limits, others_share_max=None)
         return limits
 
@@ -136,6 +150,14 @@ class OwnerSide:
                 one.price = self._pricing.price(one.model, usd_per_kwh)
         if self._node is not None:
             self._node.introduce()
+
+    def lend(self, served: Sequence[Served], jail: Jail, measured: Mapping[str, Measured]) -> None:
+        """What this machine lends; until now there was only the owner to listen to."""
+        self._served = served
+        self._isolation = (jail.level, jail.missing)
+        self._pricing = Pricing(self._settings, measured)
+        self._engines.take(served)
+        self._reprice(self._usd_per_kwh)
 
     def may_work(self) -> bool:
         """What the gate said last."""
@@ -172,7 +194,7 @@ class OwnerSide:
         forever = verdict.until_ms is None or verdict.until_ms - now > FOREVER_MS // 2
         watts = self._pricing.watts(float(limits.cores_max))
         return OwnerStatus(
-            node_id=self._node.card.node_id if self._node is not None else "",
+            node_id=self._node_id,
             profile=limits.profile,
             state=verdict.state,
             reason=verdict.reason,
@@ -181,12 +203,12 @@ class OwnerSide:
             until=None if forever or verdict.until_ms is None else stamp(wall + (verdict.until_ms - now)),
             cores=verdict.cores,
             unread=verdict.unread,
-            isolation=self._jail.level,
-            isolation_missing=self._jail.missing,
+            isolation=self._isolation[0],
+            isolation_missing=self._isolation[1],
             models=tuple(one.model for one in self._served),
             running=len(self._node.jobs) if self._node is not None else 0,
             today=self._work.today(),
-            watts=watts.value,
+            watts=0.0 if self._is_attached else watts.value,
             watts_method=watts.method,
             usd_per_kwh=self._usd_per_kwh,
             settings_error=self._watch.error,

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from fallow.adapters import machine
 from fallow.apps.settings import Settings
 from fallow.core import power
+from fallow.core.match.predict import DECODE_TOKENS_PER_S_GUESS, PREFILL_TOKENS_PER_S_GUESS
 from fallow.model.measured import Measured
 from fallow.model.offer import Price
 
@@ -28,7 +29,7 @@ class Pricing:
         """The floor: what the electricity of a million tokens costs, in micro-credits."""
         measured = self._measured.get(model)
         if measured is None:
-            return Price()
+            return self._guessed(usd_per_kwh)
         watts = power.watts_of(
             busy=measured.choice.threads,
             cores=self._cores,
@@ -37,3 +38,11 @@ class Pricing:
             measured_watts=measured.watts,
         )
         return power.price(measured, watts, usd_per_kwh=usd_per_kwh)
+
+    def _guessed(self, usd_per_kwh: float) -> Price:
+        """For a model that wasn't measured: as slow as matching takes it to be, since a price must never be below what it costs."""
+        watts = self.watts(self._cores)
+        return Price(
+            prompt_micro_per_munit=power.floor_price(watts, usd_per_kwh=usd_per_kwh, tokens_per_s=PREFILL_TOKENS_PER_S_GUESS),
+            output_micro_per_munit=power.floor_price(watts, usd_per_kwh=usd_per_kwh, tokens_per_s=DECODE_TOKENS_PER_S_GUESS),
+        )

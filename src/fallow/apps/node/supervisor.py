@@ -42,12 +42,11 @@ class Supervisor:
         self._clock = clock
         self._watch = watch.Watch(weights_bytes=weights_bytes, stall_ms=stall_ms)
         self._process: Process | None = None
-        self.reins = Reins()
+        self.reins = Reins(clock, self._resumed)
         self._group: asyncio.TaskGroup | None = None
         self._ready = asyncio.Event()
         self.running = 0
         self._moved_at_ms = 0
-        self._stopped_at_ms = 0
         self.has_stalled = False
 
     async def run(self) -> None:
@@ -56,7 +55,8 @@ class Supervisor:
             async with asyncio.TaskGroup() as group:
                 self._group = group
                 while True:
-                    self._tick()
+                    if not self.reins.is_stopped:
+                        self._step(watch.Tick(running=self.running, progress_at_ms=self._moved_at_ms))
                     await asyncio.sleep(TICK_S)
         finally:
             self._group = None
@@ -65,16 +65,10 @@ class Supervisor:
             self._engine.close()
             self._launch.clean_up()
 
-    def _tick(self) -> None:
-        """A stopped engine has no time: it neither stalls nor loads too long."""
-        if self.reins.is_stopped:
-            self._stopped_at_ms = self._stopped_at_ms or self._clock.now_ms()
-            return
-        if self._stopped_at_ms:
-            self.moved()
-            self._step(watch.Resumed(self._clock.now_ms() - self._stopped_at_ms))
-            self._stopped_at_ms = 0
-        self._step(watch.Tick(running=self.running, progress_at_ms=self._moved_at_ms))
+    def _resumed(self, stopped_ms: int) -> None:
+        """The owner lets the engine go on: while it was stopped it had no time to stall or to load too long."""
+        self.moved()
+        self._step(watch.Resumed(stopped_ms))
 
     def want(self) -> None:
         """Start the engine if it isn't there."""

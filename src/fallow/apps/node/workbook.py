@@ -54,8 +54,11 @@ class WorkBook:
         watt_s = self._watts(1.0) * cpu_s
         self._work = replace(work, cpu_s=work.cpu_s + cpu_s, watt_s=work.watt_s + watt_s, usd=work.usd + watt_s / J_PER_KWH * usd_per_kwh)
 
-    def keep(self, *, now: bool = False) -> None:
-        """Write it down, if it is time."""
-        if now or self._clock.now_ms() - self._kept_at_ms >= KEEP_MS:
-            self._kept_at_ms = self._clock.now_ms()
-            self._record.keep_work(self.today())
+    def is_due(self) -> bool:
+        """Whether it is time to write it down."""
+        return self._clock.now_ms() - self._kept_at_ms >= KEEP_MS
+
+    def keep(self) -> None:
+        """Write it down, which may take as long as the disk does."""
+        self._kept_at_ms = self._clock.now_ms()
+        self._record.keep_work(self.today())

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 
+from fallow.core.admit import YIELDING_RETRY_AFTER_MS
 from fallow.core.match.candidate import Candidate
 from fallow.core.match.filter import LIMITS
 from fallow.model.call import Call
@@ -29,6 +30,11 @@ LIFTED_BY = {
 }
 
 
+def _retry_after_ms(limit: str, soonest_ms: int | None) -> int:
+    """An owner stays for minutes; anything else may be over with the next heartbeat, or when a model is loaded."""
+    return YIELDING_RETRY_AFTER_MS if limit == "owner_is_back" else soonest_ms or RETRY_AFTER_MS
+
+
 def explain(call: Call, candidates: Sequence[Candidate], stopped: Counter[str]) -> Refuse:
     """The limit that the most promising offer met (the last in the order of limits), with all counts."""
     models = tuple(sorted({c.offer.model for c in candidates}))
@@ -40,5 +46,5 @@ def explain(call: Call, candidates: Sequence[Candidate], stopped: Counter[str]) 
         lifted_by=LIFTED_BY[limit],
         counts=counts,
         models=models,
-        retry_after_ms=None if limit == "model_not_offered" else soonest or RETRY_AFTER_MS,
+        retry_after_ms=None if limit == "model_not_offered" else _retry_after_ms(limit, soonest),
     )

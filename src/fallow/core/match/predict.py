@@ -31,13 +31,12 @@ def predict(needs: Needs, candidate: Candidate) -> Prediction:
     speed = candidate.offer.speed
     prefill = max(TOKENS_PER_S_MIN, speed.prefill_tokens_per_s or PREFILL_TOKENS_PER_S_GUESS)
     decode = max(TOKENS_PER_S_MIN, speed.decode_tokens_per_s or DECODE_TOKENS_PER_S_GUESS)
-    writes = bool(speed.decode_tokens_per_s) or not speed.prefill_tokens_per_s
-    output = 0 if not writes else min(needs.output_tokens_max or OUTPUT_TOKENS_GUESS, candidate.offer.context_tokens)
+    output = 0 if not speed.writes else min(needs.output_tokens_max or OUTPUT_TOKENS_GUESS, candidate.offer.context_tokens)
     slots = max(1, candidate.offer.slots)
     sharing = 1 + min(candidate.running, slots - 1)  # streams that decode together share the machine
     writing_ms = 1000 * output * sharing / decode
     queue = max(0, candidate.running - slots + 1)
     wait_ms = writing_ms * queue / slots
     first_ms = (candidate.load.ready_in_ms or 0) + wait_ms + 1000 * needs.prompt_tokens * sharing / prefill
-    certainty = CERTAINTY_MEASURED if speed.prefill_tokens_per_s or speed.decode_tokens_per_s else CERTAINTY_GUESSED
+    certainty = CERTAINTY_MEASURED if speed.decode_tokens_per_s or (speed.prefill_tokens_per_s and not speed.writes) else CERTAINTY_GUESSED
     return Prediction(round(first_ms), round(first_ms + writing_ms), certainty)
