@@ -16,13 +16,13 @@ from fallow.model.owner import DeskAddress, DeskAnswer, DeskRequest, Entry, Owne
 
 ASK_S = 5.0
 ANSWER_BYTES_MAX = 256 * 1024
-DURATION = re.compile(r"^(?:(\d{1,4})d)?(?:(\d{1,5})h)?(?:(\d{1,6})m(?:in)?)?(?:(\d{1,8})s)?\Z")
+DURATION = re.compile(r"^(?:(\d{1,4})d)?(?:(\d{1,5})h)?(?:(\d{1,6})m(?:in)?)?(?:(\d{1,8})s)?\Z", re.ASCII)
 LOG_LINES = 30
 
 
 def read_duration(text: str) -> float:
     """Seconds from `2h`, `90m`, `1h30m`, `45s` or a number of minutes; raises BadFlag."""
-    if text.isdigit():
+    if text.isascii() and text.isdigit():
         text += "m"
     found = DURATION.match(text.strip())
     if not text.strip() or found is None:
