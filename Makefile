@@ -36,6 +36,7 @@ fuzz: setup
 bench: setup
 	@$(BIN)/fallow models pull
 	$(BIN)/python -m bench
+	$(BIN)/python -m bench.owner
 
 bench-peers: setup
 	$(BIN)/python -m bench.peers

@@ -63,6 +63,8 @@ def values(kind: Any) -> st.SearchStrategy[Any]:
         return st.sampled_from(arguments)
     if get_origin(kind) in (Union, types.UnionType):
         return st.one_of([values(one) for one in arguments])
+    if get_origin(kind) is tuple and arguments[-1] is not ...:
+        return st.tuples(*map(values, arguments))
     if get_origin(kind) is tuple:
         return st.lists(values(arguments[0]), max_size=3).map(tuple)
     assert get_origin(kind) is frozenset, f"no values for {kind}"
