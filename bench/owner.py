@@ -33,13 +33,12 @@ from fallow.apps.node.limits import limits_of
 from fallow.apps.node.subject import Sources, subject_of
 from fallow.apps.settings import load
 from fallow.core.sizing import memory_limit, tuned
-from fallow.model.errors import EngineFailed
 
 MODEL = "smollm2-135m-instruct"
 OWNER_S = 30.0
-OWNER_PAIRS = 3
+OWNER_PAIRS = 2
 PROBE_S = 15.0
-PROBE_PAIRS = 4
+PROBE_PAIRS = 6
 BURSTS = 50
 BURST_S_MAX = 3.0
 PAUSES = 10
@@ -48,12 +47,6 @@ SPEED_PAIRS = 8
 SPEED_STREAMS = 4
 AGENT_S = 20.0
 STATE_POLL_S = 0.002
-CALLERS = 2
-CALL = {
-    "model": MODEL,
-    "messages": [{"role": "user", "content": "Write a long and friendly letter to your neighbour about the weather."}],
-    "max_tokens": 200,
-}
 RETRY_S = 0.5
 HEALTH_S = 2.0
 NODES_BYTES_MAX = 65_536
@@ -72,6 +65,7 @@ async def lender(settings: str) -> AsyncIterator[Chain]:
         (data / "settings.toml").write_text(settings)
         async with running_parts(data, ["--model", MODEL], model=MODEL, engine="", profile="invisible") as chain:
             await _until_loaded(chain)
+            put_elsewhere(chain)
             yield msgspec.structs.replace(chain, engine=str(data))
 
 
@@ -92,28 +86,22 @@ async def _until_loaded(chain: Chain) -> None:
 @contextlib.asynccontextmanager
 async def asked(chain: Chain) -> AsyncIterator[None]:
     """Somebody always wants something of the node."""
-    client = HttpEngine(chain.base_url.removeprefix("http://"), headers={"authorization": f"Bearer {chain.key}"})
-    body = msgspec.json.encode(CALL)
-
-    async def ask() -> None:
-        while True:
-            with contextlib.suppress(EngineFailed):
-                async with client.post("/v1/chat/completions", body) as answer:
-                    async for _ in answer.body():
-                        pass
-                    if answer.head.status == 200:
-                        continue
-            await asyncio.sleep(RETRY_S)
-
-    asking = [asyncio.create_task(ask()) for _ in range(CALLERS)]
-    try:
+    callers = [sys.executable, "-m", "bench.callers", chain.base_url, MODEL]
+    async with running(*callers, output=asyncio.subprocess.DEVNULL, talks=True) as process:
+        assert process.stdin is not None
+        process.stdin.write(f"{chain.key}\n".encode())
+        await process.stdin.drain()
         await asyncio.sleep(SETTLE_S)
         yield
-    finally:
-        for task in asking:
-            task.cancel()
-        await asyncio.gather(*asking, return_exceptions=True)
-        client.close()
+
+
+def put_elsewhere(chain: Chain) -> None:
+    """Broker, hub and gateway stand on other machines in truth: here they get only what the owner's work leaves."""
+    for role in ("hub", "gateway"):
+        part = psutil.Process(chain.pids[role])
+        for process in [part, *part.children(recursive=True)]:
+            for thread in process.threads():
+                os.sched_setscheduler(thread.id, os.SCHED_IDLE, os.sched_param(0))
 
 
 def engine_of(chain: Chain) -> psutil.Process:

@@ -1,6 +1,6 @@
 """`python -m fallow` is the `fallow` command."""
 
-from fallow.cli.main import main
+from fallow.cli.entry import main
 
 if __name__ == "__main__":
     main()

@@ -217,3 +217,20 @@ def run_filter(program: bytes, number: int, argument: int) -> int:
 def test_signals_are_kept_to_the_process_itself(number: int, argument: int, allowed: bool) -> None:
     program = confine.own_signals((62, 234), 7)
     assert run_filter(program, number, argument) == (confine.ALLOW if allowed else confine.REFUSE)
+
+
+SHARES = """
+from pathlib import Path
+from fallow.adapters import jail
+own = Path("/proc/self/autogroup")
+before = own.read_text()
+jail.detect()
+print(before == own.read_text(), "nice 0" in before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/autogroup").exists(), reason="this kernel groups no sessions")
+def test_finding_out_does_not_slow_down_the_terminal_it_is_started_in() -> None:
+    """An engine lowers the share of its whole session, so whatever tries a jail needs a session of its own."""
+    said = subprocess.run([sys.executable, "-c", SHARES], capture_output=True, text=True, timeout=60, start_new_session=True)
+    assert said.stdout.strip() == "True True", said.stderr

@@ -1,7 +1,11 @@
 """What the owner's commands make of times, and how they show what they are told."""
 
+from pathlib import Path
+
 import pytest
 
+from fallow.adapters.owner_record import OwnerRecord
+from fallow.cli.entry import quick
 from fallow.cli.owner import _log_line, _span, _status_lines, read_duration
 from fallow.model.errors import BadFlag
 from fallow.model.owner import Entry, OwnerStatus, Work
@@ -65,3 +69,21 @@ def test_a_line_of_the_log() -> None:
     said = _log_line(Entry(at="2026-11-23T10:00:00Z", state="pause", reason="cpu_busy", detail="others use 2 of 2 cores", lasted_ms=90_000))
     assert "cpu_busy: others use 2 of 2 cores" in said
     assert "1 min 30 s" in said
+
+
+@pytest.mark.parametrize(
+    "words",
+    [[], ["lend"], ["pause", "--help"], ["resume", "2h"], ["pause", "2h", "3h"], ["pause", "--data"], ["pause", "-x"], ["status", "pause"]],
+)
+def test_only_the_owners_plain_words_take_the_short_way(words: list[str]) -> None:
+    assert quick(words) is None
+
+
+def test_the_short_way_does_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert quick(["pause", "--data", str(tmp_path), "2h"]) == 0
+    assert "No node runs here" in capsys.readouterr().out
+    assert OwnerRecord(tmp_path).paused_until_wall_ms is not None
+    assert quick(["resume", "--data", str(tmp_path)]) == 0
+    assert OwnerRecord(tmp_path).paused_until_wall_ms is None
+    assert quick(["pause", "soon", "--data", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.count("\n") == 1

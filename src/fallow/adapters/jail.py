@@ -225,6 +225,7 @@ def tried(jail: Jail) -> str:
                 capture_output=True,
                 timeout=WITHIN_S,
                 env=PYTHON_ENVIRONMENT,
+                start_new_session=True,  # it lowers its whole session's share of the processor, which else is the owner's terminal
             )
         except (OSError, subprocess.TimeoutExpired) as error:
             return type(error).__name__

@@ -9,7 +9,6 @@ import msgspec
 
 from fallow.adapters.files import make_folder
 from fallow.adapters.owner_record import FOREVER_MS, OwnerRecord, stamp
-from fallow.apps.run import complain
 from fallow.apps.settings import default_data
 from fallow.model.errors import BadFlag, FallowError, StartFailed
 from fallow.model.owner import DeskAddress, DeskAnswer, DeskRequest, Entry, OwnerStatus
@@ -58,6 +57,12 @@ def _ask(folder: Path, request: DeskRequest) -> OwnerStatus | None:
     return answer.status
 
 
+def _complain(error: FallowError) -> None:
+    from fallow.apps.run import complain
+
+    complain(error)
+
+
 def _folder(data: Path | None) -> Path:
     return make_folder((data or default_data()).expanduser())
 
@@ -75,7 +80,7 @@ def pause(data: Path | None, lasting: str) -> int:
         else:
             print(f"Paused {_until(status.until)}. {status.node_id} does nothing until then.")
     except FallowError as error:
-        complain(error)
+        _complain(error)
         return 2 if isinstance(error, BadFlag) else 1
     return 0
 
@@ -91,7 +96,7 @@ def resume(data: Path | None) -> int:
         else:
             print(f"Resumed: {status.state}, {status.detail}.")
     except FallowError as error:
-        complain(error)
+        _complain(error)
         return 1
     return 0
 
@@ -122,7 +127,7 @@ def status(data: Path | None, *, as_json: bool) -> int:
         if found is None:
             raise StartFailed("no node runs here; `fallow lend` starts one")
     except FallowError as error:
-        complain(error)
+        _complain(error)
         return 1
     if as_json:
         print(msgspec.json.encode(found).decode())
@@ -183,7 +188,7 @@ def log(data: Path | None, *, lines: int, as_json: bool) -> int:
         entries = OwnerRecord(folder).entries(lines)
         now = _ask(folder, DeskRequest(ask="status"))
     except FallowError as error:
-        complain(error)
+        _complain(error)
         return 1
     if as_json:
         for entry in entries:
