@@ -10,6 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from clocks import FakeClock
 
 from fallow.adapters import children
 from fallow.adapters.quiet_cpus import QuietCpus
@@ -25,19 +26,6 @@ if len(sys.argv) > 1:
 threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
 time.sleep(60)
 """
-
-
-class FakeClock:
-    """A clock that moves when told."""
-
-    def __init__(self) -> None:
-        self.ms = 1_000
-
-    def now_ms(self) -> int:
-        return self.ms
-
-    def wall_ms(self) -> int:
-        return self.ms
 
 
 async def until(said: Callable[[], object], what: str) -> None:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from clocks import FakeClock
 from msgspec.structs import replace
 
 from fallow.adapters.owner_record import FOREVER_MS, OwnerRecord
@@ -17,19 +18,6 @@ CORES = 4
 STEP_MS = round(LOOK_S * 1000)
 CALM = Senses(cores=CORES, others_cores=0.1)
 LIMITS = replace(profiles.limits("invisible", cores_physical=CORES), resume_after_ms=2_000)
-
-
-class FakeClock:
-    """A clock that moves when told. The wall's time of day is whatever it is: no test here rests on it."""
-
-    def __init__(self) -> None:
-        self.ms = 1_000_000
-
-    def now_ms(self) -> int:
-        return self.ms
-
-    def wall_ms(self) -> int:
-        return 1_790_000_000_000 + self.ms
 
 
 class FakeSensing:

@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
+from clocks import FakeClock
 
 from fallow.adapters import children
 from fallow.adapters.http_engine import HttpEngine
@@ -40,22 +41,6 @@ while True:
     connection.sendall(b"HTTP/1.1 " + status + b"\\r\\ncontent-length: 2\\r\\n\\r\\n{}")
     connection.close()
 """
-
-
-class FakeClock:
-    """A clock that moves when told."""
-
-    def __init__(self) -> None:
-        self.ms = 50_000
-
-    def now_ms(self) -> int:
-        return self.ms
-
-    def wall_ms(self) -> int:
-        return self.ms
-
-    def advance(self, ms: int) -> None:
-        self.ms += ms
 
 
 class Launcher:

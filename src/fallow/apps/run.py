@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable
 
 import msgspec
 
-from fallow.model.errors import FallowError
+from fallow.model.errors import FallowError, leaf
 
 try:
     import uvloop
@@ -69,13 +69,6 @@ def first_of(group: ExceptionGroup[FallowError]) -> FallowError:
     inner = leaf(group)
     assert isinstance(inner, FallowError)
     return inner
-
-
-def leaf(error: BaseException) -> BaseException:
-    """The first error that isn't a group."""
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return error
 
 
 def innermost(error: BaseException) -> str:

@@ -15,6 +15,13 @@ def shortened(text: str, limit: int = NAME_MAX) -> str:
     return plain if len(plain) <= limit else plain[:limit] + "…"
 
 
+def leaf(error: BaseException) -> BaseException:
+    """The first error that isn't a group."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
+
+
 class Failure(msgspec.Struct, frozen=True, kw_only=True):
     """A refusal or a fault as a value: it travels over the wire and becomes an HTTP error at the gateway.
 

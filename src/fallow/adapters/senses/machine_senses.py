@@ -13,6 +13,7 @@ from fallow.adapters.senses.heat import temperature_c
 from fallow.adapters.senses.kernel_files import PROC, SYS
 from fallow.adapters.senses.power import battery
 from fallow.adapters.senses.room import ProgramWatch, disk_free_bytes, memory_free_share, pressure
+from fallow.model.errors import leaf
 from fallow.model.owner import Battery, Senses, Unknown
 
 READ_TIMEOUT_S = 2.0
@@ -30,13 +31,6 @@ class _Slow(msgspec.Struct, frozen=True, kw_only=True):
     temperature_c: float | Unknown | None
     disk_free_bytes: int | Unknown
     programs: frozenset[str] = frozenset()
-
-
-def leaf(error: BaseException) -> BaseException:
-    """The first error that isn't a group."""
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return error
 
 
 def _none_read(why: Unknown) -> _Slow:
