@@ -1,8 +1,6 @@
 """What this machine is: its processor with the instructions that engines gain from, cores, memory, graphics card."""
 
 import contextlib
-import ctypes
-import gc
 import platform
 import re
 import subprocess
@@ -161,11 +159,3 @@ def _sysctl() -> Mapping[str, str]:
 def sysctl_values(text: str) -> Mapping[str, str]:
     """`name: value` lines as a table."""
     return {name.strip(): value.strip() for name, colon, value in (line.partition(":") for line in text.splitlines()) if colon}
-
-
-def give_back_memory() -> None:
-    """What was only needed to start: the C library keeps freed memory unless it is asked to return it."""
-    gc.collect()
-    gc.freeze()
-    with contextlib.suppress(AttributeError, OSError):  # only glibc has it
-        ctypes.CDLL(None).malloc_trim(0)

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from fallow.apps.node.subject import Subject
-    from fallow.core.power import Watts
     from fallow.model.card import Hardware
     from fallow.model.measured import Measured
 
@@ -59,20 +58,15 @@ def bench(data: Path | None, names: list[str], *, as_json: bool) -> int:
 
 async def _measure(settings: Settings, names: list[str]) -> dict[str, Any]:
     """Everything that is shown; raises StartFailed, BadModelFile, MissingExtra, EngineFailed, BadChecksum."""
-    import functools
-
     from fallow.adapters import cgroup, machine, rapl
     from fallow.adapters.catalogue import load_catalogue
     from fallow.adapters.clock import SystemClock
     from fallow.adapters.jail import detect
-    from fallow.adapters.llama_process import LlamaProcess
     from fallow.adapters.measurements import Measurements, key_of, memory_speed
-    from fallow.adapters.onnx_process import OnnxProcess
-    from fallow.adapters.store import Store
     from fallow.apps.node.limits import limits_of
+    from fallow.apps.node.loading import Loader
     from fallow.apps.node.measuring import known_or_measured
-    from fallow.apps.node.subject import Sources, subject_of
-    from fallow.core import tuning
+    from fallow.apps.node.room import Room
     from fallow.core.sizing import memory_limit
 
     clock, catalogue = SystemClock(), load_catalogue(settings.data)
@@ -84,15 +78,9 @@ async def _measure(settings: Settings, names: list[str]) -> dict[str, Any]:
     models: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="fallow-") as folder:
         jail, groups = await asyncio.to_thread(detect, settings.lend.isolation), await asyncio.to_thread(cgroup.detect)
-        sources = Sources(
-            llama=functools.partial(LlamaProcess, jail=jail, cgroups=groups),
-            onnx=functools.partial(OnnxProcess, jail=jail, cgroups=groups),
-            store=Store(settings.models_folder),
-            folder=Path(folder),
-            memory_limit_bytes=memory_limit(memory_free_bytes=machine.free_memory_bytes(), wanted_gb=settings.node.memory_gb),
-        )
-        threads = (settings.node.threads,) if settings.node.threads else tuning.candidates(allowed)
-        subjects = [subject_of(weights, sources, threads=threads) for weights in chosen]
+        room = Room(memory_limit(memory_free_bytes=machine.free_memory_bytes(), wanted_gb=settings.node.memory_gb))
+        loader = Loader(settings, Path(folder), room, clock, jail=jail, cgroups=groups, cores_max=allowed)
+        subjects = [loader.find(weights) for weights in chosen]
         with _status() as console:
             _say(console, "the memory")
             speed = await asyncio.to_thread(memory_speed, cache, key, at_ms=clock.wall_ms(), again=True)
@@ -100,7 +88,7 @@ async def _measure(settings: Settings, names: list[str]) -> dict[str, Any]:
             for subject in subjects:
                 _say(console, subject.model)
                 measured = await known_or_measured(subject, cache, key, clock, again=True, thorough=True, meter=rapl.open_meter())
-                models.append(_row(subject, measured, settings, hardware))
+                models.append(_row(subject, measured, settings))
     return {"machine": _machine(hardware, allowed), "usd_per_kwh": settings.power.usd_per_kwh, "models": models}
 
 
@@ -122,32 +110,19 @@ def _machine(hardware: Hardware, allowed: int) -> dict[str, Any]:
     }
 
 
-def _row(subject: Subject, measured: Measured, settings: Settings, hardware: Hardware) -> dict[str, Any]:
+def _row(subject: Subject, measured: Measured, settings: Settings) -> dict[str, Any]:
     import msgspec
 
-    from fallow.core import power
+    from fallow.apps.node.pricing import Pricing
 
-    watts = _watts(measured, settings, hardware)
+    pricing = Pricing(settings, {subject.model: measured})
     seen: dict[str, Any] = msgspec.to_builtins(measured)
     return {
         "model": subject.model,
         **seen,
-        "power": msgspec.to_builtins(watts),
-        "cost": msgspec.to_builtins(power.price(measured, watts, usd_per_kwh=settings.power.usd_per_kwh)),
+        "power": msgspec.to_builtins(pricing.watts_at(measured)),
+        "cost": msgspec.to_builtins(pricing.price(subject.model, settings.power.usd_per_kwh)),
     }
-
-
-def _watts(measured: Measured, settings: Settings, hardware: Hardware) -> Watts:
-    from fallow.adapters import machine
-    from fallow.core import power
-
-    return power.watts_of(
-        busy=measured.choice.threads,
-        cores=hardware.cores,
-        machine=power.machine_class(cores=hardware.cores, has_battery=machine.has_battery(), cpu=machine.read_cpu_name()),
-        owner_watts=settings.power.watts,
-        measured_watts=measured.watts,
-    )
 
 
 def _status() -> Any:

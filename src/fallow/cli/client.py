@@ -11,6 +11,7 @@ from fallow.adapters.files import is_held
 from fallow.apps.run import complain
 from fallow.apps.settings import ADDRESS_FILE, KEY_FILE, caller, default_data
 from fallow.model.errors import BadSetting, FallowError, StartFailed
+from fallow.model.owner import WORKING
 from fallow.model.views import GatewayStatus, NodeList, NodeView
 from fallow.wire import sse
 from fallow.wire.openai import CHAT
@@ -181,7 +182,7 @@ def _table(found: list[NodeView]) -> None:
             free = f"{offer.slots_free}/{offer.slots}{waiting}"
             region = [node.region] if has_regions else []
             heard = f"{node.heard_ms_ago / 1000:.1f} s"
-            engine = offer.readiness if node.state in ("run", "throttle") else "paused"
+            engine = offer.readiness if node.state in WORKING else "paused"
             table.add_row(node.node_id, offer.model, engine, free, node.hardware, *region, heard)
     Console().print(table if found else "no nodes; lend this machine with `fallow lend`")
 

@@ -8,7 +8,7 @@ import msgspec
 from msgspec.structs import replace
 
 from fallow.core.owner_limits import OVER_SAMPLES, Broken, Moment, broken_limits, cores, is_over, legible, others, until_ms, usd_per_kwh_now
-from fallow.model.owner import Limits, Reason, Senses, State, Verdict
+from fallow.model.owner import WORKING, Limits, Reason, Senses, State, Verdict
 
 __all__ = ["Gate", "start", "step", "usd_per_kwh_now"]
 
@@ -93,7 +93,7 @@ def _quiet_ms(gate: Gate, limits: Limits) -> int:
 
 
 def _is_running(gate: Gate) -> bool:
-    return gate.verdict.state in ("run", "throttle")
+    return gate.verdict.state in WORKING
 
 
 def _timed(gate: Gate, now_ms: int) -> Gate:

@@ -6,6 +6,8 @@ import msgspec
 from msgspec import Meta
 
 State = Literal["run", "throttle", "pause", "leave"]
+WORKING: frozenset[State] = frozenset({"run", "throttle"})
+"""The states in which engines run."""
 Reason = Literal[
     "clear",
     "cores_busy",

@@ -20,9 +20,8 @@ from fallow.apps.settings import Settings
 from fallow.core.admit import BUSY_RETRY_AFTER_MS
 from fallow.model.card import Hardware
 from fallow.model.errors import NAME_MAX, EngineFailed, EngineStalled, Failure, StartFailed, shortened
-from fallow.model.ids import NodeId
 from fallow.model.messages import OFFERS_MAX, Head
-from fallow.model.offer import Load, Offer, Price
+from fallow.model.offer import Load, Price
 from fallow.model.receipt import Usage
 from fallow.wire import sse
 from fallow.wire.llama_answer import added
@@ -331,12 +330,8 @@ class AttachedServed(Lane):
     def __init__(
         self, *, model: str, server: AttachedServer, slots: int, context_tokens: int, price: Price, paths: frozenset[str] = PATHS
     ) -> None:
-        super().__init__(model=model, slots=slots, context_tokens=context_tokens, digest="", paths=paths)
+        super().__init__(model=model, slots=slots, context_tokens=context_tokens, digest="", paths=paths, price=price)
         self._server = server
-        self._price = price
-
-    def offer(self, node_id: NodeId, expires_at_ms: int) -> Offer:
-        return msgspec.structs.replace(super().offer(node_id, expires_at_ms), price=self._price)
 
     def load(self, *, running: int) -> Load:
         load = super().load(running=running)

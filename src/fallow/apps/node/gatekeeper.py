@@ -13,10 +13,9 @@ from fallow.adapters.quiet_cpus import QuietCpus
 from fallow.adapters.reins import Reins
 from fallow.apps.node.workbook import WorkBook
 from fallow.core import owner_gate
-from fallow.model.owner import Entry, Limits, Senses, Unknown, Verdict
+from fallow.model.owner import WORKING, Entry, Limits, Senses, Unknown, Verdict
 from fallow.ports import Clock
 
-WORKING = ("run", "throttle")
 LOOK_S = 0.1
 LOOK_IDLE_S = 0.3
 """While no call runs there is nothing that could disturb anybody."""
@@ -76,7 +75,6 @@ class Gatekeeper:
         self._clock = clock
         self._quiet_cpus = QuietCpus()
         self._gate = owner_gate.start(clock.now_ms())
-        self._look_now = asyncio.Event()
         self._is_held = False
         self._is_freed = False
         self._is_owed = False
@@ -104,10 +102,6 @@ class Gatekeeper:
         """There is something to be loaded as soon as the machine may work."""
         self._is_owed = True
 
-    def look_now(self) -> None:
-        """Something changed that shouldn't wait for the next look."""
-        self._look_now.set()
-
     async def run(self) -> None:
         """Until cancelled; engines that were stopped go on then, so that they can end."""
         refreshed_at = -REFRESH_S
@@ -121,12 +115,7 @@ class Gatekeeper:
                     self._meter()
                     refreshing = asyncio.create_task(self._slowly(), name="senses")
                 self.look()
-                try:
-                    async with asyncio.timeout(LOOK_IDLE_S if self.is_idle() and not self._is_held else LOOK_S):
-                        await self._look_now.wait()
-                except TimeoutError:
-                    pass
-                self._look_now.clear()
+                await asyncio.sleep(LOOK_IDLE_S if self.is_idle() and not self._is_held else LOOK_S)
         finally:
             if refreshing is not None:
                 refreshing.cancel()
@@ -192,7 +181,7 @@ class Gatekeeper:
         if stops or after.state != before.state:
             self.tell(after, stops)
         if before.state in WORKING:
-            self._work.paused()
+            self._work.pause_began()
 
     def _note(self, before: Verdict, now: int, wall: int) -> None:
         """What is over goes into the owner's log: all the time that it worked, or did not for one reason, is one entry.
@@ -237,8 +226,8 @@ class Gatekeeper:
         self._work.burned(max(0.0, used - self._used_cpu_s), usd_per_kwh)
         self._used_cpu_s = used
         now = self._clock.now_ms()
-        if self.verdict.state in ("pause", "leave"):
-            self._work.paused(now - self._metered_at_ms)
+        if self.verdict.state not in WORKING:
+            self._work.stayed_paused(now - self._metered_at_ms)
         self._metered_at_ms = now
 
     def _pin(self, before: Verdict, after: Verdict) -> None:

@@ -13,7 +13,7 @@ from fallow.adapters.cgroup import Cgroups
 from fallow.adapters.http_engine import HttpEngine
 from fallow.adapters.jail import Jail
 from fallow.adapters.llama_process import LlamaProcess
-from fallow.adapters.measurements import Measurements, key_of
+from fallow.adapters.measurements import HardwareKey, Measurements, key_of
 from fallow.adapters.onnx_process import OnnxProcess
 from fallow.adapters.senses.cpu import OthersCpu
 from fallow.adapters.store import Store
@@ -66,12 +66,16 @@ class Loader:
         threads = self._settings.node.threads
         return subject_of(weights, self._sources, threads=(threads,) if threads else tuning.candidates(self._cores_max))
 
+    @functools.cached_property
+    def _key(self) -> HardwareKey:
+        """This machine, which doesn't change from model to model."""
+        return key_of(machine.read_hardware(), self._cores_max)
+
     async def measure(self, subject: Subject, gatekeeper: Gatekeeper) -> Measured | None:
         """How fast it is here: remembered, or seen now. None if the owner needs the machine, or the engine can't be asked.
 
         A model that wasn't measured is lent all the same; the next start tries again.
         """
-        key = key_of(machine.read_hardware(), self._cores_max)
         others = OthersCpu([os.getpid()])
         others.sample()
 
@@ -80,7 +84,9 @@ class Loader:
             return isinstance(busy, Unknown) or busy < max(BUSY_CORES_MIN, BUSY_SHARE * machine.usable_cpus())
 
         cache = Measurements(self._settings.models_folder)
-        measuring = asyncio.ensure_future(known_or_measured(subject, cache, key, self._clock, meter=rapl.open_meter(), was_quiet=was_quiet))
+        measuring = asyncio.ensure_future(
+            known_or_measured(subject, cache, self._key, self._clock, meter=rapl.open_meter(), was_quiet=was_quiet)
+        )
         closed = asyncio.ensure_future(gatekeeper.closed.wait())
         try:
             await asyncio.wait([measuring, closed], return_when=asyncio.FIRST_COMPLETED)

@@ -137,7 +137,6 @@ async def _tell_when_ready(owner: OwnerSide, node: Node, served: list[Served], r
     if not owner.may_work():
         owner.load_later()
         words += f" Not now: {owner.gatekeeper.verdict.detail}."
-    machine.give_back_memory()
     tell_ready(ready, node.card.node_id, words)
 
 

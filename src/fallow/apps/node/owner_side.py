@@ -9,9 +9,10 @@ import msgspec
 
 from fallow.adapters import machine
 from fallow.adapters.jail import Jail
-from fallow.adapters.owner_record import FOREVER_MS, OwnerRecord, stamp
+from fallow.adapters.owner_record import OwnerRecord, stamp
 from fallow.adapters.reins import Reins
 from fallow.adapters.senses.machine_senses import MachineSenses
+from fallow.apps.node.attached import KINDS
 from fallow.apps.node.desk import Desk
 from fallow.apps.node.engine_served import EngineServed
 from fallow.apps.node.gatekeeper import Gatekeeper
@@ -20,16 +21,12 @@ from fallow.apps.node.node import Node
 from fallow.apps.node.pricing import Pricing
 from fallow.apps.node.served import Served
 from fallow.apps.node.settings_watch import SettingsWatch
-from fallow.apps.node.text_served import TEXT_PATHS
-from fallow.apps.node.vector_served import EMBEDDING_PATHS, RERANK_PATHS
 from fallow.apps.node.workbook import WorkBook
 from fallow.apps.settings import Settings, desktop
 from fallow.model.ids import NodeId
 from fallow.model.measured import Measured
-from fallow.model.owner import Limits, OwnerStatus, Profile, Refusals
+from fallow.model.owner import WORKING, Limits, OwnerStatus, Profile, Refusals
 from fallow.ports import Clock
-
-PATHS_OF_KIND = {"text": TEXT_PATHS, "embeddings": EMBEDDING_PATHS, "rerank": RERANK_PATHS}
 
 
 class LentEngines:
@@ -79,7 +76,7 @@ def refusals_of(settings: Settings) -> Refusals:
     lend = settings.lend
     return Refusals(
         models=frozenset(lend.refuse_models),
-        paths=frozenset(path for kind in lend.refuse_kinds for path in PATHS_OF_KIND[kind]),
+        paths=frozenset(path for kind in lend.refuse_kinds for path in KINDS[kind]),
         organisations=frozenset(lend.refuse_organisations),
         countries=frozenset(lend.refuse_countries),
     )
@@ -140,7 +137,7 @@ class OwnerSide:
         self._reprice(self._usd_per_kwh)
         if self._node is not None:
             self._node.refuse(refusals_of(settings))
-        self.gatekeeper.look_now()
+        self.gatekeeper.look()
 
     def _reprice(self, usd_per_kwh: float) -> None:
         """Electricity costs something else from now on; what an attached server costs is its lender's word."""
@@ -161,7 +158,7 @@ class OwnerSide:
 
     def may_work(self) -> bool:
         """What the gate said last."""
-        return self.gatekeeper.verdict.state in ("run", "throttle")
+        return self.gatekeeper.verdict.state in WORKING
 
     def load_later(self) -> None:
         """The first model, as soon as the machine may work."""
@@ -191,7 +188,6 @@ class OwnerSide:
     def status(self) -> OwnerStatus:
         verdict, limits, now = self.gatekeeper.verdict, self.gatekeeper.limits, self._clock.now_ms()
         wall = self._clock.wall_ms()
-        forever = verdict.until_ms is None or verdict.until_ms - now > FOREVER_MS // 2
         watts = self._pricing.watts(float(limits.cores_max))
         return OwnerStatus(
             node_id=self._node_id,
@@ -200,7 +196,7 @@ class OwnerSide:
             reason=verdict.reason,
             detail=verdict.detail,
             since=stamp(wall - (now - verdict.since_ms)),
-            until=None if forever or verdict.until_ms is None else stamp(wall + (verdict.until_ms - now)),
+            until=None if verdict.until_ms is None else stamp(wall + (verdict.until_ms - now)),
             cores=verdict.cores,
             unread=verdict.unread,
             isolation=self._isolation[0],

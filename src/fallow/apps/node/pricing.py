@@ -11,7 +11,7 @@ from fallow.model.offer import Price
 
 
 class Pricing:
-    """`measured` has the models that were measured here; one that wasn't has no price yet."""
+    """`measured` has the models that were measured here; one that wasn't is priced as a slow one."""
 
     def __init__(self, settings: Settings, measured: Mapping[str, Measured]) -> None:
         self.owner_watts = settings.power.watts
@@ -30,14 +30,17 @@ class Pricing:
         measured = self._measured.get(model)
         if measured is None:
             return self._guessed(usd_per_kwh)
-        watts = power.watts_of(
+        return power.price(measured, self.watts_at(measured), usd_per_kwh=usd_per_kwh)
+
+    def watts_at(self, measured: Measured) -> power.Watts:
+        """Beyond idling, while the model is asked as it was when it was measured."""
+        return power.watts_of(
             busy=measured.choice.threads,
             cores=self._cores,
             machine=self._machine,
             owner_watts=self.owner_watts,
             measured_watts=measured.watts,
         )
-        return power.price(measured, watts, usd_per_kwh=usd_per_kwh)
 
     def _guessed(self, usd_per_kwh: float) -> Price:
         """For a model that wasn't measured: as slow as matching takes it to be, since a price must never be below what it costs."""

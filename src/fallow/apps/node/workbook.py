@@ -6,12 +6,12 @@ from msgspec.structs import replace
 
 from fallow.adapters.clock import local_day
 from fallow.adapters.owner_record import OwnerRecord
+from fallow.core.power import JOULES_PER_KWH
 from fallow.model.owner import Work
 from fallow.model.receipt import Usage
 from fallow.ports import Clock
 
 KEEP_MS = 30_000
-J_PER_KWH = 3_600_000.0
 
 
 class WorkBook:
@@ -23,7 +23,6 @@ class WorkBook:
         self._watts = watts
         self._work = record.work(local_day(clock.wall_ms()))
         self._kept_at_ms = clock.now_ms()
-        self._cpu_s = 0.0
 
     def today(self) -> Work:
         """A new day begins at local midnight."""
@@ -43,16 +42,22 @@ class WorkBook:
             uploaded_bytes=work.uploaded_bytes + uploaded_bytes,
         )
 
-    def paused(self, lasted_ms: int = 0) -> None:
-        """A pause began (0), or has lasted so much longer."""
+    def pause_began(self) -> None:
         work = self.today()
-        self._work = replace(work, pauses=work.pauses + (lasted_ms == 0), paused_ms=work.paused_ms + lasted_ms)
+        self._work = replace(work, pauses=work.pauses + 1)
+
+    def stayed_paused(self, lasted_ms: int) -> None:
+        """So much longer."""
+        work = self.today()
+        self._work = replace(work, paused_ms=work.paused_ms + lasted_ms)
 
     def burned(self, cpu_s: float, usd_per_kwh: float) -> None:
         """The engines used so many core-seconds more."""
         work = self.today()
         watt_s = self._watts(1.0) * cpu_s
-        self._work = replace(work, cpu_s=work.cpu_s + cpu_s, watt_s=work.watt_s + watt_s, usd=work.usd + watt_s / J_PER_KWH * usd_per_kwh)
+        self._work = replace(
+            work, cpu_s=work.cpu_s + cpu_s, watt_s=work.watt_s + watt_s, usd=work.usd + watt_s / JOULES_PER_KWH * usd_per_kwh
+        )
 
     def is_due(self) -> bool:
         """Whether it is time to write it down."""

@@ -8,6 +8,7 @@ from fallow.core.match.candidate import Candidate
 from fallow.model.call import Call
 from fallow.model.ids import NodeId, OrgId
 from fallow.model.needs import Isolation, Ring
+from fallow.model.owner import WORKING
 
 
 class Sought(NamedTuple):
@@ -66,7 +67,7 @@ LIMITS: tuple[tuple[str, Passes], ...] = (
     ("isolation", _isolation),
     ("over_price", _price),
     ("already_tried", lambda c, s: c.offer.node_id not in s.tried),
-    ("owner_is_back", lambda c, _: c.state in ("run", "throttle")),
+    ("owner_is_back", lambda c, _: c.state in WORKING),
     ("engine_failed", lambda c, _: c.load.readiness != "failed"),
     ("busy", _free),
 )
