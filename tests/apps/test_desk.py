@@ -25,6 +25,7 @@ STATUS = OwnerStatus(
     until=None,
     cores=1,
     unread=(),
+    absent=(),
     isolation="bwrap",
     isolation_missing=(),
     models=("tiny",),

@@ -43,6 +43,7 @@ STATUS = OwnerStatus(
     until=None,
     cores=0,
     unread=("input_idle_s",),
+    absent=("battery",),
     isolation="landlock",
     isolation_missing=("bubblewrap is not installed",),
     models=("tiny",),
@@ -60,7 +61,7 @@ def test_the_status_tells_everything() -> None:
     said = "\n".join(_status_lines(STATUS))
     for words in (
         "profile quiet", "pause since", "90 degrees", "(hot)", "tiny; 1 call now", "landlock", "bubblewrap is not installed",
-        "1 call,", "1 pause,", "1.000 kWh", "8 W", "(modelled)", "input_idle_s", "line 3", "node.slots",
+        "1 call,", "1 pause,", "1.000 kWh", "8 W", "(modelled)", "input_idle_s", "battery", "line 3", "node.slots",
     ):  # fmt: skip
         assert words in said
 

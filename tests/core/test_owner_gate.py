@@ -812,3 +812,11 @@ def test_a_day_at_a_machine(path: Path) -> None:
 
 def test_there_are_traces() -> None:
     assert len(TRACES) >= 4
+
+
+@pytest.mark.parametrize("name", SENSORS)
+def test_a_sensor_that_a_machine_lacks_is_named_whether_it_works_or_not(name: str) -> None:
+    for change in ({}, {"paused_until_ms": 60_000}):
+        senses = replace(FULL, **{name: None}, **change)
+        assert name in step(start(0), senses, INVISIBLE, now_ms=0).verdict.absent
+        assert name not in step(start(0), replace(FULL, **change), INVISIBLE, now_ms=0).verdict.absent

@@ -160,6 +160,8 @@ def _status_lines(found: OwnerStatus) -> list[str]:
     ]
     if found.unread:
         lines.append(f"unknown    {', '.join(found.unread)}: this machine doesn't tell")
+    if found.absent:
+        lines.append(f"not here   {', '.join(found.absent)}: these limits are left out")
     if found.settings_error:
         lines.append(f"settings   {found.settings_error}; the old ones are in force")
     if found.needs_restart:

@@ -7,7 +7,19 @@ from typing import Literal
 import msgspec
 from msgspec.structs import replace
 
-from fallow.core.owner_limits import OVER_SAMPLES, Broken, Moment, broken_limits, cores, is_over, legible, others, until_ms, usd_per_kwh_now
+from fallow.core.owner_limits import (
+    OVER_SAMPLES,
+    Broken,
+    Moment,
+    absent,
+    broken_limits,
+    cores,
+    is_over,
+    legible,
+    others,
+    until_ms,
+    usd_per_kwh_now,
+)
 from fallow.model.owner import WORKING, Limits, Reason, Senses, State, Verdict
 
 __all__ = ["Gate", "start", "step", "usd_per_kwh_now"]
@@ -83,8 +95,10 @@ def step(gate: Gate, senses: Senses, limits: Limits, *, now_ms: int) -> Gate:
         broken_now = broken
     if broken_now or not is_settled:
         gate = replace(gate, held=gate.held | {one.rule.reason for one in broken})
-        return _stopped(gate, broken_now, moment, unread)
-    return _running(gate, moment, unread)
+        gate = _stopped(gate, broken_now, moment, unread)
+    else:
+        gate = _running(gate, moment, unread)
+    return replace(gate, verdict=replace(gate.verdict, absent=absent(senses)))
 
 
 def _quiet_ms(gate: Gate, limits: Limits) -> int:

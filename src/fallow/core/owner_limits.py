@@ -78,6 +78,15 @@ def legible(senses: Senses) -> tuple[Senses, tuple[str, ...]]:
     return (replace(senses, **nonsense) if nonsense else senses), tuple(sorted(unread))
 
 
+SENSORS = ("battery", "disk_free_bytes", "fullscreen", "input_idle_s", "io_pressure", "memory_pressure", "metered", "temperature_c")
+"""What a machine may lack."""
+
+
+def absent(senses: Senses) -> tuple[str, ...]:
+    """The sensors that the machine doesn't have, so that their limits are left out."""
+    return tuple(name for name in SENSORS if getattr(senses, name) is None)
+
+
 def others(senses: Senses) -> float | None:
     """How many cores' worth of work is others', no more than there are; None: can't be read."""
     if isinstance(senses.others_cores, Unknown):

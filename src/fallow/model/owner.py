@@ -124,8 +124,8 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
 class Verdict(msgspec.Struct, frozen=True, kw_only=True):
     """What the gate says. `cores` is how many engines may use now, 0 unless they run.
 
-    `grace_ms` is how long calls that run may go on; 0: stop at once. `unread` names the sensors that can't be read.
-    `since_ms` is when this state and reason began, `until_ms` when it will end as far as can be told.
+    `grace_ms` is how long calls that run may go on; 0: stop at once. `unread` names the sensors that can't be read, `absent` those
+    that the machine doesn't have. `since_ms` is when this state and reason began, `until_ms` when it will end as far as can be told.
     """
 
     state: State
@@ -136,6 +136,7 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
     until_ms: int | None = None
     grace_ms: int = 0
     unread: tuple[str, ...] = ()
+    absent: tuple[str, ...] = ()
 
 
 class Refusals(msgspec.Struct, frozen=True, kw_only=True):
@@ -184,6 +185,7 @@ class OwnerStatus(msgspec.Struct, frozen=True, kw_only=True):
     until: str | None
     cores: int
     unread: tuple[str, ...]
+    absent: tuple[str, ...]
     isolation: str
     isolation_missing: tuple[str, ...]
     models: tuple[str, ...]

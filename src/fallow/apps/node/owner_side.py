@@ -199,6 +199,7 @@ class OwnerSide:
             until=None if verdict.until_ms is None else stamp(wall + (verdict.until_ms - now)),
             cores=verdict.cores,
             unread=verdict.unread,
+            absent=verdict.absent,
             isolation=self._isolation[0],
             isolation_missing=self._isolation[1],
             models=tuple(one.model for one in self._served),
