@@ -36,6 +36,11 @@ READERS: dict[str, tuple[Reader[Any], set[type[m.Message]]]] = {
     "heartbeat": (codec.heartbeat, {m.Heartbeat}),
     "key_query": (codec.key_query, {m.KeyQuery}),
     "key_answer": (codec.key_answer, {m.KeyAnswer}),
+    "hold": (codec.hold, {m.Hold}),
+    "demand": (codec.demand, {m.Demand}),
+    "index": (codec.index, {m.Index}),
+    "history_query": (codec.history_query, {m.HistoryQuery}),
+    "history_answer": (codec.history_answer, {m.HistoryAnswer}),
 }
 SIMPLE: dict[Any, st.SearchStrategy[Any]] = {
     str: st.text(max_size=12),
@@ -102,9 +107,10 @@ def test_each_subject_has_a_reader_for_all_that_it_carries() -> None:
     read = {kind for _, kinds in READERS.values() for kind in kinds}
     assert read == set(KINDS) == {kind for row in TABLE for kind in row.carries}
     one_reader = [kinds for _, kinds in READERS.values()]
-    assert all(set(row.carries) in one_reader or row.pattern == "hub.key" for row in TABLE)  # a key's answer is a reply
+    assert all(set(row.carries) in one_reader or row.pattern in ("hub.key", "hub.prices") for row in TABLE)  # those answers are replies
 
 
+INDEX_PRICE = m.IndexPrice(model="tiny", hardware="cpu", price=Price(output_micro_per_munit=9), utilisation=0.5, at_ms=1)
 SAMPLES: dict[type[m.Message], m.Message] = {
     m.Request: m.Request(
         attempt_id=AttemptId("attempt"),
@@ -127,6 +133,11 @@ SAMPLES: dict[type[m.Message], m.Message] = {
     m.Part: m.Part(index=0, data=b"data", head=m.Head(status=200, content_type="text/event-stream", engine_us=3)),
     m.Final: m.Final(index=1, usage=Usage(prompt_tokens=1), failure=Failure(code="busy", message="full")),
     m.Alive: m.Alive(),
+    m.Hold: m.Hold(sequence=1, models=("tiny",)),
+    m.Demand: m.Demand(gateway_id=GatewayId("gateway"), sequence=1, span_ms=30_000, models=(m.ModelDemand(model="tiny", calls=2),)),
+    m.Index: m.Index(sequence=1, prices=(INDEX_PRICE,)),
+    m.HistoryQuery: m.HistoryQuery(model="tiny"),
+    m.HistoryAnswer: m.HistoryAnswer(prices=(INDEX_PRICE,)),
     m.Heartbeat: m.Heartbeat(
         node_id=NodeId("node"),
         sequence=1,
@@ -166,7 +177,7 @@ def test_the_bytes_of_a_message_stay_as_they_are() -> None:
     """Nodes and gateways of different ages meet: a tag is never given to something else."""
     assert encode(SAMPLES[m.Cancel]) == b"\x01\x92\x03\xa7attempt"
     assert encode(SAMPLES[m.BodyPart]) == b"\x01\x94\x02\x07\xc4\x04more\xc4\x00"
-    assert [msgspec.msgpack.decode(encode(SAMPLES[kind])[1:])[0] for kind in KINDS] == list(range(1, 14))
+    assert [msgspec.msgpack.decode(encode(SAMPLES[kind])[1:])[0] for kind in KINDS] == list(range(1, 19))
     assert [kind.__name__ for kind in KINDS] == [
         "Request", "BodyPart", "Cancel", "Credit", "Lease", "Introduce", "Accepted", "Part", "Final", "Alive", "Heartbeat", "KeyQuery",
         "KeyAnswer",

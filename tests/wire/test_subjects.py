@@ -35,6 +35,10 @@ def matches(pattern: str, subject: str) -> bool:
         (subjects.answer(GATEWAY, NODE, ATTEMPT), subjects.ANSWER, "rsp.gw-1.node-1.0af3"),
         (subjects.heartbeat(NODE), subjects.HEARTBEAT, "hb.node-1"),
         (subjects.KEY.pattern, subjects.KEY, "hub.key"),
+        (subjects.hold(NODE), subjects.HOLD, "n.node-1.hold"),
+        (subjects.DEMAND.pattern, subjects.DEMAND, "hub.demand"),
+        (subjects.INDEX.pattern, subjects.INDEX, "prices"),
+        (subjects.HISTORY.pattern, subjects.HISTORY, "hub.prices"),
     ],
 )
 def test_a_built_subject_fits_its_row_and_no_other(built: str, row: Subject, text: str) -> None:
@@ -73,6 +77,10 @@ def test_who_may_say_what_to_whom() -> None:
         "rsp.*.*.*": ("node", ("gateway",), (m.Accepted, m.Part, m.Final, m.Alive, m.Credit)),
         "hb.*": ("node", ("gateway", "hub"), (m.Heartbeat,)),
         "hub.key": ("gateway", ("hub",), (m.KeyQuery, m.KeyAnswer)),
+        "n.*.hold": ("hub", ("node",), (m.Hold,)),
+        "hub.demand": ("gateway", ("hub",), (m.Demand,)),
+        "prices": ("hub", ("gateway", "node"), (m.Index,)),
+        "hub.prices": ("gateway", ("hub",), (m.HistoryQuery, m.HistoryAnswer)),
     }
 
 

@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
+from fallow.model.needs import Ring
 from fallow.model.owner import Profile
 
 Share = Annotated[float, Meta(ge=0, le=100)]
@@ -53,6 +54,15 @@ TEMPLATE = """\
 # refuse_models = []
 # refuse_organisations = []
 # refuse_countries = []
+# Who may use this machine: own (your organisation), partner, market (anyone).
+# serves = ["own", "partner"]
+# What is asked for: follow (the network's price index), floor (what the electricity costs), or fixed (the two prices
+# below, in USD per million tokens). It is never below what the electricity costs.
+# price = "follow"
+# usd_per_million_prompt = 0
+# usd_per_million_output = 0
+# Whether models are loaded and dropped as callers want them, among those that this machine offers.
+# follow_demand = true
 # How engines are kept apart from the rest of the machine: auto (the best that this machine can do), bwrap, landlock,
 # or none: engines then run with all rights of whoever started them.
 # isolation = "auto"
@@ -104,6 +114,11 @@ class Lend(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     refuse_models: Names = ()
     refuse_organisations: Names = ()
     refuse_countries: Names = ()
+    serves: Annotated[tuple[Ring, ...], Meta(min_length=1, max_length=3)] = ("own", "partner")
+    price: Literal["follow", "floor", "fixed"] = "follow"
+    usd_per_million_prompt: Usd = 0.0
+    usd_per_million_output: Usd = 0.0
+    follow_demand: bool = True
     isolation: Literal["auto", "bwrap", "landlock", "none"] = "auto"
     measure: bool = True
 

@@ -15,7 +15,7 @@ from fallow.adapters.files import make_folder, write_private
 from fallow.apps import lend_settings
 from fallow.core import hours
 from fallow.model.errors import BadFlag, BadSetting
-from fallow.model.needs import COUNTRY_UNKNOWN
+from fallow.model.needs import COUNTRY_UNKNOWN, Isolation, Prefer, Ring
 from fallow.wire import complaint
 
 FILE = "settings.toml"
@@ -28,6 +28,7 @@ LISTEN = re.compile(r"^(\[[0-9a-fA-F:]+\]|[A-Za-z0-9_.-]+):([0-9]{1,5})\Z")
 PORT_MAX = 65_535
 Port = Annotated[int, Meta(ge=0, le=65535)]
 Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,62}$")]
+Country = Annotated[str, Meta(pattern=r"^[a-z]{2}$")]
 
 TEMPLATE = (
     """\
@@ -39,6 +40,25 @@ TEMPLATE = (
 # id = "home"
 # The country that its calls come from, as two letters: lenders may refuse some.
 # country = "unknown"
+
+[key]
+# What the API key of this hub allows. Its calls may ask for less, never for more.
+# Whose machines: own, partner, market (anyone). The owner of a machine can read what runs on it.
+# rings = ["own", "partner"]
+# Organisations that count as partners.
+# partners = []
+# Where calls may run, such as ["eu-de"] and ["de", "at"]; empty: anywhere.
+# regions = []
+# countries = []
+# cpu or gpu; empty: either.
+# hardware = ""
+# How engines must at least be kept apart from the lender's machine: none, landlock or bwrap.
+# isolation = "none"
+# cheap or fast: what matters among machines that meet a call's needs.
+# prefer = "cheap"
+# The most that a call may cost, and a million output tokens, in credits (1 credit is 1 USD); 0: no limit.
+# max_cost = 0
+# max_price = 0
 
 [hub]
 # Where the broker listens. Anything but this machine itself is an explicit choice: all traffic is readable to whoever
@@ -85,6 +105,20 @@ class Organisation(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     country: Annotated[str, Meta(pattern=r"^([a-z]{2}|unknown)\Z")] = COUNTRY_UNKNOWN
 
 
+class Key(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The policy of the hub's key."""
+
+    rings: Annotated[tuple[Ring, ...], Meta(min_length=1, max_length=3)] = ("own", "partner")
+    partners: Annotated[tuple[Name, ...], Meta(max_length=256)] = ()
+    regions: Annotated[tuple[Name, ...], Meta(max_length=256)] = ()
+    countries: Annotated[tuple[Country, ...], Meta(max_length=256)] = ()
+    hardware: Literal["", "cpu", "gpu"] = ""
+    isolation: Isolation = "none"
+    prefer: Prefer = "cheap"
+    max_cost: lend_settings.Usd = 0.0
+    max_price: lend_settings.Usd = 0.0
+
+
 class Hub(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     listen: str = LISTEN_DEFAULT
     broker: str = ""
@@ -118,6 +152,7 @@ class Document(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """All of the file."""
 
     organisation: Organisation = Organisation()
+    key: Key = Key()
     hub: Hub = Hub()
     gateway: Gateway = Gateway()
     node: Node = Node()

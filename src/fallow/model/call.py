@@ -3,7 +3,7 @@
 import msgspec
 
 from fallow.model.ids import AttemptId, CallId, GatewayId, KeyId, NodeId, OrgId
-from fallow.model.needs import COUNTRY_UNKNOWN, Needs
+from fallow.model.needs import COUNTRY_UNKNOWN, Needs, Policy
 
 
 class Call(msgspec.Struct, frozen=True, kw_only=True):
@@ -39,3 +39,4 @@ class Grant(msgspec.Struct, frozen=True, kw_only=True):
 
     key_id: KeyId
     org_id: OrgId
+    policy: Policy = Policy()

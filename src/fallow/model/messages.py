@@ -13,13 +13,17 @@ from fallow.model.call import Grant
 from fallow.model.card import Card
 from fallow.model.errors import Failure
 from fallow.model.ids import AttemptId, CallId, GatewayId, KeyId, NodeId, OrgId
-from fallow.model.needs import COUNTRY_UNKNOWN
-from fallow.model.offer import Load, Offer
+from fallow.model.needs import COUNTRY_UNKNOWN, HardwareKind
+from fallow.model.offer import Load, ModelName, Offer, Price
 from fallow.model.owner import State
 from fallow.model.receipt import Usage
 
 OFFERS_MAX = 64
 """What one node may offer."""
+DEMAND_MODELS_MAX = 512
+INDEX_PRICES_MAX = 512
+HISTORY_PRICES_MAX = 1_024
+"""About 100 bytes each: they fit into one message of the broker."""
 LOAD_WAIT_MS_MAX = 600_000
 """The longest that a call may wait for its model to be loaded."""
 NodeState = State
@@ -146,6 +150,64 @@ class KeyAnswer(Message, frozen=True, kw_only=True, array_like=True, tag=13):
     """Hub to gateway: what the key allows, or nothing if nobody knows it."""
 
     grant: Grant | None = None
+
+
+class Hold(Message, frozen=True, kw_only=True, array_like=True, tag=14):
+    """Hub to node: the models that are wanted in its memory, the most wanted first; the others may leave.
+
+    Advice: a node follows it as far as its owner's limits allow. A higher `sequence` replaces a lower one.
+    """
+
+    sequence: int
+    models: Annotated[tuple[ModelName, ...], Meta(max_length=OFFERS_MAX)]
+
+
+class ModelDemand(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
+    """What callers asked of one model in a span of time. `missed` calls were refused, or not met as they needed."""
+
+    model: ModelName
+    calls: Annotated[int, Meta(ge=0, le=2**40)] = 0
+    missed: Annotated[int, Meta(ge=0, le=2**40)] = 0
+    prompt_tokens: Annotated[int, Meta(ge=0, le=2**50)] = 0
+    output_tokens: Annotated[int, Meta(ge=0, le=2**50)] = 0
+
+
+class Demand(Message, frozen=True, kw_only=True, array_like=True, tag=15):
+    """Gateway to hub: what was asked of it since it last said so."""
+
+    gateway_id: GatewayId
+    sequence: int
+    span_ms: Annotated[int, Meta(ge=1, le=3_600_000)]
+    models: Annotated[tuple[ModelDemand, ...], Meta(max_length=DEMAND_MODELS_MAX)]
+
+
+class IndexPrice(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
+    """What a million tokens of a model go for on one kind of hardware, and how busy that is (0 to 1)."""
+
+    model: ModelName
+    hardware: HardwareKind
+    price: Price
+    utilisation: Annotated[float, Meta(ge=0, le=1)]
+    at_ms: int
+
+
+class Index(Message, frozen=True, kw_only=True, array_like=True, tag=16):
+    """Hub to everyone: the price index now."""
+
+    sequence: int
+    prices: Annotated[tuple[IndexPrice, ...], Meta(max_length=INDEX_PRICES_MAX)]
+
+
+class HistoryQuery(Message, frozen=True, kw_only=True, array_like=True, tag=17):
+    """Gateway to hub: how did a model's prices go? An empty name asks for all that are remembered."""
+
+    model: str = ""
+
+
+class HistoryAnswer(Message, frozen=True, kw_only=True, array_like=True, tag=18):
+    """Hub to gateway: past prices, oldest first."""
+
+    prices: Annotated[tuple[IndexPrice, ...], Meta(max_length=HISTORY_PRICES_MAX)]
 
 
 ToNode = Cancel | Credit | Lease | Introduce

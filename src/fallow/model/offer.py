@@ -44,6 +44,9 @@ class Offer(msgspec.Struct, frozen=True, kw_only=True):
     price: Price
     slots: Count
     expires_at_ms: int
+    family: Annotated[str, Meta(max_length=200)] = ""
+    quantisation: Annotated[str, Meta(max_length=64)] = ""
+    """As the catalogue writes it; empty where the lender doesn't say."""
 
 
 class Load(msgspec.Struct, frozen=True, kw_only=True):

@@ -39,7 +39,12 @@ ANSWER = Subject(pattern="rsp.*.*.*", sender="node", receivers=("gateway",), car
 HEARTBEAT = Subject(pattern="hb.*", sender="node", receivers=("gateway", "hub"), carries=(m.Heartbeat,), payload_bytes_max=64 * 1024)
 KEY = Subject(pattern="hub.key", sender="gateway", receivers=("hub",), carries=(m.KeyQuery, m.KeyAnswer), payload_bytes_max=4 * 1024)
 
-TABLE = (REQUEST, BODY, CONTROL, ANSWER, HEARTBEAT, KEY)
+HOLD = Subject(pattern="n.*.hold", sender="hub", receivers=("node",), carries=(m.Hold,), payload_bytes_max=16 * 1024)
+DEMAND = Subject(pattern="hub.demand", sender="gateway", receivers=("hub",), carries=(m.Demand,), payload_bytes_max=64 * 1024)
+INDEX = Subject(pattern="prices", sender="hub", receivers=("gateway", "node"), carries=(m.Index,))
+HISTORY = Subject(pattern="hub.prices", sender="gateway", receivers=("hub",), carries=(m.HistoryQuery, m.HistoryAnswer))
+
+TABLE = (REQUEST, BODY, CONTROL, ANSWER, HEARTBEAT, KEY, HOLD, DEMAND, INDEX, HISTORY)
 
 ID_MAX = 128
 """A subject of three ids stays far below the broker's control line."""
@@ -67,6 +72,10 @@ def bodies(node: NodeId) -> str:
 
 def control(node: NodeId) -> str:
     return f"n.{token(node)}.ctl"
+
+
+def hold(node: NodeId) -> str:
+    return f"n.{token(node)}.hold"
 
 
 def answer(gateway: GatewayId, node: NodeId, attempt: AttemptId) -> str:

@@ -105,7 +105,7 @@ def refused(refusal: Refuse, model: str) -> Failure:
         there = ", ".join(refusal.models[:MODELS_NAMED_MAX]) or "none"
         text = f"the model {shortened(model)!r} is not offered here; offered now: {there}"
         return Failure(code="model_not_found", message=text, param="model")
-    counts = ", ".join(f"{count} by {limit}" for limit, count in refusal.counts)
+    counts = ", ".join(f"{one.offers} by {one.limit}" for one in refusal.stopped)
     text = f"no node can take this call: {refusal.lifted_by}" + (f" (offers stopped: {counts})" if counts else "")
     if refusal.limit == "busy":
         return Failure(code="no_capacity", message=text, retry_after_ms=refusal.retry_after_ms)

@@ -18,4 +18,4 @@ def match(call: Call, candidates: Sequence[Candidate], *, tried: Collection[Node
     if not fit:
         return explain(call, candidates, stopped)
     best = pick([quote(call.needs, candidate) for candidate in fit])
-    return Place(node_id=best.node_id, quote=best)
+    return Place(node_id=best.node_id, quote=best, why="cheapest")

@@ -7,7 +7,7 @@ from fallow.core.admit import YIELDING_RETRY_AFTER_MS
 from fallow.core.match.candidate import Candidate
 from fallow.core.match.filter import LIMITS
 from fallow.model.call import Call
-from fallow.model.quote import Refuse
+from fallow.model.quote import Refuse, Stopped
 
 RETRY_AFTER_MS = 2_000
 """When a refusal may have lifted itself: the roster's heartbeat."""
@@ -38,13 +38,13 @@ def _retry_after_ms(limit: str, soonest_ms: int | None) -> int:
 def explain(call: Call, candidates: Sequence[Candidate], stopped: Counter[str]) -> Refuse:
     """The limit that the most promising offer met (the last in the order of limits), with all counts."""
     models = tuple(sorted({c.offer.model for c in candidates}))
-    counts = tuple((name, stopped[name]) for name, _ in LIMITS if stopped[name])
-    limit = counts[-1][0] if counts else "no_nodes"
+    counts = tuple(Stopped(limit=name, offers=stopped[name], lifted_by=LIFTED_BY[name]) for name, _ in LIMITS if stopped[name])
+    limit = counts[-1].limit if counts else "no_nodes"
     soonest = min((c.load.ready_in_ms for c in candidates if c.load.ready_in_ms and c.offer.model == call.needs.model), default=None)
     return Refuse(
         limit=limit,
         lifted_by=LIFTED_BY[limit],
-        counts=counts,
+        stopped=counts,
         models=models,
         retry_after_ms=None if limit == "model_not_offered" else _retry_after_ms(limit, soonest),
     )

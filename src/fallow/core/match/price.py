@@ -17,8 +17,13 @@ def quote(needs: Needs, candidate: Candidate) -> Quote:
     return Quote(
         node_id=candidate.offer.node_id,
         model=candidate.offer.model,
+        hardware=candidate.card.hardware.kind,
+        ring="market",
+        region=candidate.card.region,
         cost_max_micro=-(-total // MUNIT),
+        cost_expected_micro=-(-total // MUNIT),
         first_token_in_ms=times.first_token_in_ms,
+        per_token_ms=0.0,
         end_in_ms=times.end_in_ms,
-        certainty=times.certainty,
+        chance=times.certainty,
     )
