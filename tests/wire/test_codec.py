@@ -180,7 +180,7 @@ def test_the_bytes_of_a_message_stay_as_they_are() -> None:
     assert [msgspec.msgpack.decode(encode(SAMPLES[kind])[1:])[0] for kind in KINDS] == list(range(1, 19))
     assert [kind.__name__ for kind in KINDS] == [
         "Request", "BodyPart", "Cancel", "Credit", "Lease", "Introduce", "Accepted", "Part", "Final", "Alive", "Heartbeat", "KeyQuery",
-        "KeyAnswer",
+        "KeyAnswer", "Hold", "Demand", "Index", "HistoryQuery", "HistoryAnswer",
     ]  # fmt: skip
 
 
