@@ -29,9 +29,10 @@ from fallow.apps.node.attached import (
 )
 from fallow.apps.node.served import Refused
 from fallow.apps.settings import Node, Settings
+from fallow.core.slots import Asker
 from fallow.model.card import Hardware
 from fallow.model.errors import BadFlag, BadSetting, EngineFailed, FallowError, StartFailed
-from fallow.model.ids import NodeId
+from fallow.model.ids import KeyId, NodeId, OrgId
 from fallow.model.messages import OFFERS_MAX
 from fallow.model.offer import Price
 from fallow.wire.openai import CHAT, EMBEDDINGS, RERANK
@@ -46,6 +47,7 @@ pytestmark = pytest.mark.anyio
 KEY = "sk-canary-5150"
 ACCOUNT = "organization org-canary"
 NODE = NodeId("node-1")
+ASKER = Asker(org_id=OrgId("home"), key_id=KeyId("key-1"))
 
 
 class Shop:
@@ -143,7 +145,7 @@ def close(served: list[AttachedServed]) -> None:
 
 
 async def answer_to(served: AttachedServed, body: bytes = b"{}", path: str = CHAT) -> tuple[int, bytes]:
-    async with served.ask(path, body) as answer:
+    async with served.ask(path, body, ASKER) as answer:
         pieces = b"".join([piece.data async for piece in answer.pieces()])
         return answer.head().status, pieces
 
@@ -484,7 +486,7 @@ async def test_answers_and_refusals_pass_as_they_came(shop: Shop, server: Attach
 
 
 async def test_the_servers_usage_is_found(server: AttachedServer) -> None:
-    async with served_by(server).ask(CHAT, b"{}") as answer:
+    async with served_by(server).ask(CHAT, b"{}", ASKER) as answer:
         assert [piece.is_last async for piece in answer.pieces()][-1]
         assert answer.usage is not None
         assert (answer.usage.prompt_tokens, answer.usage.output_tokens) == (3, 4)

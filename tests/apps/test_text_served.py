@@ -15,7 +15,9 @@ from fallow.apps.node.engine_served import Facts
 from fallow.apps.node.room import Room
 from fallow.apps.node.served import EVENTS, JSON, Answer, Piece, Refused
 from fallow.apps.node.text_served import TEXT_PATHS, TextServed
+from fallow.core.slots import Asker
 from fallow.model.errors import EngineFailed, EngineStalled, FallowError, InvalidRequest, StartFailed
+from fallow.model.ids import KeyId, OrgId
 from fallow.model.messages import Head
 from fallow.model.receipt import Usage
 from fallow.ports import EngineAnswer
@@ -164,6 +166,7 @@ class Lent:
         facts = Facts(model=name, digest="d", context_tokens=64, slots=2, memory_bytes=memory, paths=TEXT_PATHS, control_tokens=("<eos>",))
         self.supervisor = FakeSupervisor()
         self.engine = FakeEngine()
+        self.asker = Asker(org_id=OrgId("home"), key_id=KeyId("key-1"))
         supervisor: Any = self.supervisor
         self.served = TextServed(facts, supervisor=supervisor, engine=self.engine, room=room, clock=clock, load_wait_s=load_wait_s)
 
@@ -176,7 +179,7 @@ class Lent:
         assert await task is None
 
     def asking(self, path: str, **fields: Any) -> contextlib.AbstractAsyncContextManager[Answer]:
-        return self.served.ask(path, json.dumps({**BODIES[path], **fields}).encode())
+        return self.served.ask(path, json.dumps({**BODIES[path], **fields}).encode(), self.asker)
 
 
 async def turns() -> None:
@@ -421,10 +424,10 @@ async def test_what_cannot_be_answered_is_refused_before_anything_loads(room: Ro
     for path in TEXT_PATHS:
         for body in (b"", b"{", b"{}", b'{"model":"a","n":0}'):
             with pytest.raises(InvalidRequest):
-                a.served.ask(path, body)
+                a.served.ask(path, body, a.asker)
     for path in ("/v1/embeddings", "/slots", "", "/v1/chat/completions/"):
         with pytest.raises(InvalidRequest, match="does not answer"):
-            a.served.ask(path, json.dumps(BODIES[openai.CHAT]).encode())
+            a.served.ask(path, json.dumps(BODIES[openai.CHAT]).encode(), a.asker)
     bad = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "nothing"}}}
     with pytest.raises(InvalidRequest) as caught:
         a.asking(openai.CHAT, response_format=bad)
@@ -474,6 +477,31 @@ async def test_every_endpoint_answers_in_its_own_form(lent: Lent, path: str, str
     assert b"Hello" in data if not stream else b'"Hel"' in data
     assert lent.engine.asked[0][0] == (openai.COMPLETIONS if path == openai.COMPLETIONS else openai.CHAT)
     assert (lent.engine.left, lent.supervisor.running) == (1, 0)
+
+
+@pytest.mark.parametrize("path", WRITERS)
+@pytest.mark.parametrize("stream", [False, True])
+async def test_what_the_engine_still_knew_of_the_prompt_is_counted(lent: Lent, path: str, stream: bool) -> None:
+    usage = {"prompt_tokens": 9, "completion_tokens": 1, "prompt_tokens_details": {"cached_tokens": 7}}
+    lent.engine.answers = [FakeAnswer([*says(path, "Hi")[:-2], event({"choices": [], "usage": usage}), DONE])]
+    async with lent.asking(path, stream=stream) as answer:
+        await pieces_of(answer)
+        assert answer.usage == Usage(prompt_tokens=9, cached_tokens=7, output_tokens=1)
+
+
+async def test_a_model_that_was_away_remembers_nothing(lent: Lent, clock: FakeClock) -> None:
+    async def write() -> None:
+        lent.engine.answers = [FakeAnswer(says(openai.CHAT, "Hi"))]
+        async with lent.asking(openai.CHAT) as answer:
+            await pieces_of(answer)
+
+    await write()
+    await write()
+    lent.served.leave()
+    lent.supervisor.ended()
+    await lent.is_in(9, clock)
+    await write()
+    assert [(one["id_slot"], one["cache_prompt"]) for _, one in lent.engine.asked] == [(0, False), (0, True), (0, False)]
 
 
 async def test_answers_are_stamped(lent: Lent, clock: FakeClock) -> None:

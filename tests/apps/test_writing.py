@@ -9,11 +9,15 @@ from typing import Any
 
 import msgspec
 import pytest
+from clocks import FakeClock
 
 from fallow.apps.node.engine_served import REFUSAL_BYTES_MAX
+from fallow.apps.node.seats import Seats
 from fallow.apps.node.served import Refused
 from fallow.apps.node.writing import TRIES_MAX, Writing
+from fallow.core.slots import Asker
 from fallow.model.errors import AnswerIncomplete, EngineFailed, InvalidRequest, SchemaNotMet
+from fallow.model.ids import KeyId, OrgId
 from fallow.model.messages import Head
 from fallow.model.receipt import Usage
 from fallow.ports import EngineAnswer
@@ -36,6 +40,7 @@ TURNS = (Turn(role="user", text="Hello"),)
 ULM = ("weather", {"city": "Ulm"})
 NOW: tuple[str, dict[str, Any]] = ("clock", {})
 PROMPT_TOKENS = 10
+ASKER = Asker(org_id=OrgId("home"), key_id=KeyId("key-1"))
 
 
 # what the engine says
@@ -124,9 +129,13 @@ class ScriptedEngine:
         return [one["response_format"]["json_schema"]["schema"] if "response_format" in one else None for one in self.asked]
 
 
+def seats_of(slots: int) -> Seats:
+    return Seats(slots, FakeClock(), contextlib.nullcontext)
+
+
 def writing(engine: ScriptedEngine, *, stream: bool = True, slots: int = 4, control: tuple[str, ...] = (), **fields: Any) -> Writing:
     generation = Generation(**({"turns": TURNS} | fields))
-    return Writing(generation, engine, Neutraliser(control), stream=stream, slots=slots)
+    return Writing(generation, engine, Neutraliser(control), stream=stream, seats=seats_of(slots), asker=ASKER)
 
 
 async def run(one: Writing) -> list[Event]:

@@ -17,7 +17,7 @@ from fallow.wire.openai import CHAT, COMPLETIONS
 PROMISE = settings(derandomize=True, deadline=None, max_examples=400)
 TURNS = (Turn(role="system", text="Be brief"), Turn(role="user", text='é\n"\\ud83d'), Turn(role="assistant", text="Ok"))
 MESSAGES = [{"role": turn.role, "content": turn.text} for turn in TURNS]
-ALWAYS = {"stream": True, "stream_options": {"include_usage": True}, "return_progress": True, "cache_prompt": True}
+ALWAYS = {"stream": True, "stream_options": {"include_usage": True}, "return_progress": True}
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
 
 
@@ -26,15 +26,15 @@ def read(request: EngineRequest) -> dict[str, Any]:
     return fields
 
 
-def chat(generation: Generation, *, choices: int = 1, schema: dict[str, Any] | None = None) -> dict[str, Any]:
-    request = llama_request.chat(generation, TURNS, generation.sampling, choices=choices, schema=schema)
-    assert (request.path, request.choices) == (CHAT, choices)
+def chat(generation: Generation, *, schema: dict[str, Any] | None = None) -> dict[str, Any]:
+    request = llama_request.chat(generation, TURNS, generation.sampling, schema=schema)
+    assert request.path == CHAT
     return read(request)
 
 
 def completion(generation: Generation, prompt: str | tuple[int, ...] = "Once") -> dict[str, Any]:
-    request = llama_request.completion(generation, prompt)
-    assert (request.path, request.choices) == (COMPLETIONS, generation.choices)
+    request = llama_request.completion(generation, prompt, generation.sampling)
+    assert request.path == COMPLETIONS
     return read(request)
 
 
@@ -79,7 +79,7 @@ OTHERS: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = [
     ("turns", {"turns": (Turn(role="user", text="not these"),)}, {}, {}),
     ("prompts", {"prompts": ("not", "these")}, {}, {}),
     ("sampling", {"sampling": Sampling(seed=5)}, {"seed": 5}, {"seed": 5}),
-    ("choices", {"choices": 3}, {}, {"n": 3}),
+    ("choices", {"choices": 3}, {}, {}),  # as many at once as there are free slots
     ("top_logprobs", {"top_logprobs": 0}, {"logprobs": True, "top_logprobs": 1}, {"n_probs": 1}),
     ("top_logprobs", {"top_logprobs": 5}, {"logprobs": True, "top_logprobs": 5}, {"n_probs": 5}),
     ("tools", {"tools": (Tool(name="t"),)}, {}, {}),  # the engine would answer with text, or call what isn't there
@@ -107,9 +107,28 @@ def test_the_table_of_the_rest_knows_every_field() -> None:
     assert {field.name for field in msgspec.structs.fields(Generation)} == {field for field, *_ in OTHERS}
 
 
+@pytest.mark.parametrize("may_reuse", [False, True])
+@pytest.mark.parametrize("slot", [0, 7])
 @pytest.mark.parametrize(("choices", "there"), [(1, {}), (2, {"n": 2}), (8, {"n": 8})])
-def test_choices_of_a_chat_are_asked_for_at_once(choices: int, there: dict[str, Any]) -> None:
-    assert chat(Generation(choices=8), choices=choices) == {**ALWAYS, "messages": MESSAGES, **there}
+def test_each_request_names_its_slot_and_what_it_may_find_there(slot: int, may_reuse: bool, choices: int, there: dict[str, Any]) -> None:
+    for request in (
+        llama_request.chat(Generation(), TURNS, Sampling(), schema=None),
+        llama_request.completion(Generation(), (1, 2), Sampling()),
+    ):
+        body = json.loads(llama_request.placed(request, slot=slot, may_reuse=may_reuse, choices=choices))
+        assert body == {**read(request), "id_slot": slot, "cache_prompt": may_reuse, **there}
+
+
+def test_what_begins_alike_is_alike_in_bytes() -> None:
+    """Else a warm slot isn't found by its bytes."""
+    turns = (*TURNS, Turn(role="user", text="And?"))
+    start = b'{"messages":' + msgspec.json.encode(MESSAGES)[:-1]
+    for request in (
+        llama_request.chat(Generation(), TURNS, Sampling(seed=1, max_tokens=5), schema=SCHEMA),
+        llama_request.chat(Generation(think=True), turns, Sampling(temperature=0.5), schema=None),
+    ):
+        assert request.body.startswith(start)
+    assert llama_request.completion(Generation(), "Once upon", Sampling(seed=1)).body.startswith(b'{"prompt":"Once upon"')
 
 
 def test_a_schema_constrains_a_chat() -> None:
@@ -119,7 +138,7 @@ def test_a_schema_constrains_a_chat() -> None:
 
 def test_the_sampling_given_is_the_one_that_counts() -> None:
     generation = Generation(sampling=Sampling(seed=1, max_tokens=5))
-    request = llama_request.chat(generation, TURNS, Sampling(seed=2), choices=1, schema=None)
+    request = llama_request.chat(generation, TURNS, Sampling(seed=2), schema=None)
     assert read(request) == {**ALWAYS, "messages": MESSAGES, "seed": 2}
 
 

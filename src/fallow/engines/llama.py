@@ -50,7 +50,8 @@ def serve(settings: LlamaSettings) -> int:
     params.n_ctx = settings.context_tokens
     params.n_batch = params.n_ubatch = settings.batch_tokens
     params.n_threads_http = settings.slots + HTTP_THREADS_SPARE
-    params.cache_ram_mib = 0  # nothing of one caller's prompt is kept beyond its slot
+    params.cache_ram_mib = 0  # nothing of a prompt is kept outside its slot, where only its own key's next call may find it
+    params.cache_idle_slots = False  # nor is it moved there
     params.ctx_shift = False
     params.verbosity = 0
     params.sse_ping_interval = -1  # its comments would look like progress

@@ -13,11 +13,10 @@ _COMMON = re.compile(r"<\|[A-Za-z0-9_]{1,40}\|>")
 
 
 class EngineRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """A request as the engine gets it. `choices` of it are numbered from 0."""
+    """What the engine is asked, but for the slot that answers it. The prompt comes first in `body`: what begins alike, reads alike."""
 
     path: str
     body: bytes
-    choices: int = 1
 
 
 class Neutraliser:
@@ -49,33 +48,40 @@ class Neutraliser:
         return tuple(msgspec.structs.replace(call, arguments=self.text(call.arguments)) for call in calls)
 
 
-def chat(
-    generation: Generation, turns: Sequence[Turn], sampling: Sampling, *, choices: int, schema: dict[str, Any] | None
-) -> EngineRequest:
+def chat(generation: Generation, turns: Sequence[Turn], sampling: Sampling, *, schema: dict[str, Any] | None) -> EngineRequest:
     """A conversation's next turn. The turns' roles are those that every template knows: system, user, assistant."""
-    fields = _common(generation, sampling, choices)
-    fields["messages"] = [{"role": turn.role, "content": turn.text} for turn in turns]
+    fields: dict[str, Any] = {"messages": [{"role": turn.role, "content": turn.text} for turn in turns]}
+    fields |= _common(generation, sampling)
     if schema is not None:
         fields["response_format"] = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
     if generation.top_logprobs is not None:
         fields |= {"logprobs": True, "top_logprobs": max(1, generation.top_logprobs)}
     if generation.think is not None:
         fields["chat_template_kwargs"] = {"enable_thinking": generation.think}
-    return EngineRequest(path=CHAT, body=msgspec.json.encode(fields), choices=choices)
+    return EngineRequest(path=CHAT, body=msgspec.json.encode(fields))
 
 
-def completion(generation: Generation, prompt: str | tuple[int, ...]) -> EngineRequest:
+def completion(generation: Generation, prompt: str | tuple[int, ...], sampling: Sampling) -> EngineRequest:
     """A text's continuation."""
-    fields = _common(generation, generation.sampling, generation.choices)
-    fields["prompt"] = prompt
+    fields: dict[str, Any] = {"prompt": prompt}
+    fields |= _common(generation, sampling)
     if generation.top_logprobs is not None:
         fields["n_probs"] = max(1, generation.top_logprobs)
-    return EngineRequest(path=COMPLETIONS, body=msgspec.json.encode(fields), choices=generation.choices)
+    return EngineRequest(path=COMPLETIONS, body=msgspec.json.encode(fields))
 
 
-def _common(generation: Generation, sampling: Sampling, choices: int) -> dict[str, Any]:
+def placed(request: EngineRequest, *, slot: int, may_reuse: bool, choices: int = 1) -> bytes:
+    """The body for one of the engine's slots. Unless it may reuse what the slot remembers, all of the prompt is read anew.
+
+    The choices are numbered from 0. Those after the first are written in other free slots, which the engine empties afterwards.
+    """
+    fields = {"id_slot": slot, "cache_prompt": may_reuse} | ({"n": choices} if choices > 1 else {})
+    return request.body[:-1] + b"," + msgspec.json.encode(fields)[1:]
+
+
+def _common(generation: Generation, sampling: Sampling) -> dict[str, Any]:
     """The engine is always asked to stream and to tell its progress: only then does it notice that nobody waits any more."""
-    fields: dict[str, Any] = {"stream": True, "stream_options": {"include_usage": True}, "return_progress": True, "cache_prompt": True}
+    fields: dict[str, Any] = {"stream": True, "stream_options": {"include_usage": True}, "return_progress": True}
     for name in ("max_tokens", "temperature", "top_p", "top_k", "frequency_penalty", "presence_penalty", "seed"):
         value = getattr(sampling, name)
         if value is not None:
@@ -86,8 +92,6 @@ def _common(generation: Generation, sampling: Sampling, choices: int) -> dict[st
         fields["timings_per_token"] = True
     if sampling.logit_bias:
         fields["logit_bias"] = [[token, bias] for token, bias in sampling.logit_bias.items()]
-    if choices > 1:
-        fields["n"] = choices
     return fields
 
 

@@ -18,6 +18,7 @@ from fallow.apps import lend_settings
 from fallow.apps.node.served import EVENTS, JSON, Answer, Lane, Piece, Refused
 from fallow.apps.settings import Settings
 from fallow.core.admit import BUSY_RETRY_AFTER_MS
+from fallow.core.slots import Asker
 from fallow.model.card import Hardware
 from fallow.model.errors import NAME_MAX, EngineFailed, EngineStalled, Failure, StartFailed, shortened
 from fallow.model.messages import OFFERS_MAX, Head
@@ -348,8 +349,10 @@ class AttachedServed(Lane):
         return Failure(code="engine_failed", message=f"the attached server can't be asked: {trouble}") if trouble else None
 
     @contextlib.asynccontextmanager
-    async def ask(self, path: str, body: bytes) -> AsyncIterator[Answer]:
+    async def ask(self, path: str, body: bytes, asker: Asker) -> AsyncIterator[Answer]:
         """The server's refusals pass as they came, but for those that are between it and the lender.
+
+        What the server remembers of other callers' prompts is its own affair: it isn't told whose a call is.
 
         Raises EngineFailed when the server fails or refuses the lender's key; raises Refused as busy when it has had too many
         calls (status 429): another node is asked, and this one offers no slot for as long as the server's Retry-After says.

@@ -11,6 +11,7 @@ from fallow.apps.node.room import Room
 from fallow.apps.node.served import JSON, Answer, Lane, Piece
 from fallow.apps.node.supervisor import Supervisor
 from fallow.core.residency import Resident
+from fallow.core.slots import Asker
 from fallow.model.errors import EngineFailed, EngineStalled, Failure
 from fallow.model.messages import Head
 from fallow.model.offer import Load, Speed
@@ -42,7 +43,7 @@ class EngineServed(Lane, abc.ABC):
     """What all models in engines of our own have in common."""
 
     @abc.abstractmethod
-    def ask(self, path: str, body: bytes) -> contextlib.AbstractAsyncContextManager[Answer]:
+    def ask(self, path: str, body: bytes, asker: Asker) -> contextlib.AbstractAsyncContextManager[Answer]:
         """See Served."""
 
     def __init__(self, facts: Facts, *, supervisor: Supervisor, engine: Engine, room: Room, clock: Clock, load_wait_s: float) -> None:

@@ -9,6 +9,7 @@ import msgspec
 from fallow.apps.node.outlet import Outlet
 from fallow.apps.node.served import Answer, Refused, Served
 from fallow.core import credit
+from fallow.core.slots import Asker
 from fallow.model import messages as m
 from fallow.model.errors import BodyLost, BrokerLost, Failure, FallowError
 from fallow.model.receipt import Usage
@@ -60,7 +61,8 @@ class Job:
         await self._gather()
         body = bytes(self._body)
         self._body.clear()
-        asking = self.served.ask(self.request.path, body)  # what can't be answered is refused before anything loads
+        asker = Asker(org_id=self.request.org_id, key_id=self.request.key_id)
+        asking = self.served.ask(self.request.path, body, asker)  # what can't be answered is refused before anything loads
         self.served.calls += 1
         try:
             async with self.served.gate:

@@ -8,6 +8,7 @@ from typing import Protocol
 import msgspec
 
 from fallow.core.admit import WAITING_PER_SLOT
+from fallow.core.slots import Asker
 from fallow.model.errors import Failure
 from fallow.model.ids import NodeId
 from fallow.model.messages import Head
@@ -60,7 +61,7 @@ class Served(Protocol):
 
     async def ready(self, within_s: float | None = None) -> Failure | None: ...
 
-    def ask(self, path: str, body: bytes) -> contextlib.AbstractAsyncContextManager[Answer]:
+    def ask(self, path: str, body: bytes, asker: Asker) -> contextlib.AbstractAsyncContextManager[Answer]:
         """Read a request, at once, raising InvalidRequest; entering the context asks the engine."""
 
     async def run(self) -> None: ...

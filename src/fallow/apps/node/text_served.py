@@ -9,10 +9,12 @@ import msgspec
 
 from fallow.apps.node.engine_served import EngineServed, Facts, WholeAnswer
 from fallow.apps.node.room import Room
+from fallow.apps.node.seats import Seats
 from fallow.apps.node.served import EVENTS, JSON, Answer, Piece, Refused
 from fallow.apps.node.supervisor import Supervisor
 from fallow.apps.node.writing import Writing
-from fallow.model.errors import EngineFailed, InvalidRequest
+from fallow.core.slots import Asker
+from fallow.model.errors import EngineFailed, Failure, InvalidRequest
 from fallow.model.messages import Head
 from fallow.model.receipt import Usage
 from fallow.ports import Clock, Engine
@@ -92,20 +94,28 @@ class TextServed(EngineServed):
     def __init__(self, facts: Facts, *, supervisor: Supervisor, engine: Engine, room: Room, clock: Clock, load_wait_s: float) -> None:
         super().__init__(facts, supervisor=supervisor, engine=engine, room=room, clock=clock, load_wait_s=load_wait_s)
         self._neutraliser = llama_request.Neutraliser(facts.control_tokens)
+        self._seats = Seats(facts.slots, clock, self.at_rest)
 
-    def ask(self, path: str, body: bytes) -> contextlib.AbstractAsyncContextManager[Answer]:
+    async def ready(self, within_s: float | None = None) -> Failure | None:
+        """See EngineServed."""
+        if self.supervisor.phase != "ready":
+            self._seats.forget()
+        return await super().ready(within_s)
+
+    def ask(self, path: str, body: bytes, asker: Asker) -> contextlib.AbstractAsyncContextManager[Answer]:
         """Raises InvalidRequest; the context raises Refused or EngineFailed."""
         if path in COUNTS:
             read, counted = COUNTS[path]
             generation = read(body)
-            writing = Writing(generation, self.engine, self._neutraliser, stream=False, slots=self.slots)
-            return self._counting(writing, generation, counted)
+            return self._counting(self._written(generation, asker), generation, counted)
         if path not in ENDPOINTS:
             raise InvalidRequest(f"this model does not answer {path}")
         stamp = Stamp(id=secrets.token_hex(12), created_s=self.clock.wall_ms() // 1000, model=self.model)
         endpoint = ENDPOINTS[path](body, stamp)
-        writing = Writing(endpoint.generation, self.engine, self._neutraliser, stream=endpoint.stream, slots=self.slots)
-        return self._writing(endpoint, writing)
+        return self._writing(endpoint, self._written(endpoint.generation, asker, stream=endpoint.stream))
+
+    def _written(self, generation: Generation, asker: Asker, *, stream: bool = False) -> Writing:
+        return Writing(generation, self.engine, self._neutraliser, stream=stream, seats=self._seats, asker=asker)
 
     @contextlib.asynccontextmanager
     async def _writing(self, endpoint: Endpoint, writing: Writing) -> AsyncIterator[Answer]:

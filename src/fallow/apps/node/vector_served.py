@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 
 from fallow.apps.node.engine_served import EngineServed, WholeAnswer
 from fallow.apps.node.served import Answer, Refused
+from fallow.core.slots import Asker
 from fallow.model.errors import InvalidRequest
 from fallow.model.receipt import Usage
 from fallow.wire import embeddings, openai, rerank
@@ -20,8 +21,8 @@ RERANK_PARAMS = {"messages": "documents"}
 class VectorServed(EngineServed):
     """An embedding model, which ranks by similarity, or a reranker."""
 
-    def ask(self, path: str, body: bytes) -> contextlib.AbstractAsyncContextManager[Answer]:
-        """Raises InvalidRequest; the context raises Refused or EngineFailed."""
+    def ask(self, path: str, body: bytes, asker: Asker) -> contextlib.AbstractAsyncContextManager[Answer]:
+        """Raises InvalidRequest; the context raises Refused or EngineFailed. Nothing is kept of a call, so it matters not whose it is."""
         if path == openai.EMBEDDINGS and path in self.paths:
             request = embeddings.read(body)
             embeddings.check_dimensions(request, self.facts.dimensions, may_shorten=self.facts.may_shorten)

@@ -1,6 +1,7 @@
 """Has an engine write what a generation asks for: in one go, or in as many tries as it takes to fit a schema."""
 
 import contextlib
+import functools
 import secrets
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from typing import Any
@@ -8,7 +9,9 @@ from typing import Any
 import msgspec
 
 from fallow.apps.node.engine_served import small
+from fallow.apps.node.seats import Seats
 from fallow.apps.node.served import Refused
+from fallow.core.slots import Asker
 from fallow.model.errors import AnswerIncomplete, EngineFailed, SchemaNotMet
 from fallow.model.receipt import Usage
 from fallow.ports import Engine, EngineAnswer
@@ -21,6 +24,7 @@ TRIES_MAX = 3
 TEMPERATURES = (0.7, 1.0)
 """For the second and third try of a request that asked for less: the same again would be written again."""
 Events = list[Event]
+Ask = Callable[[Sampling], llama_request.EngineRequest]
 
 
 class _Written(msgspec.Struct, frozen=True):
@@ -35,11 +39,21 @@ class _Written(msgspec.Struct, frozen=True):
 class Writing:
     """One generation in the making. `usage` counts what the caller gets: tries that came to nothing aren't in it."""
 
-    def __init__(self, generation: Generation, engine: Engine, neutraliser: llama_request.Neutraliser, *, stream: bool, slots: int) -> None:
+    def __init__(
+        self,
+        generation: Generation,
+        engine: Engine,
+        neutraliser: llama_request.Neutraliser,
+        *,
+        stream: bool,
+        seats: Seats,
+        asker: Asker,
+    ) -> None:
         """Raises InvalidRequest if tools or schema can't be used."""
         self._generation = generation
         self._engine = engine
-        self._slots = slots
+        self._seats = seats
+        self._asker = asker
         self._usage: Usage | None = None
         self._constraint: json_schema.Constraint | None = None
         if generation.tools:
@@ -62,8 +76,8 @@ class Writing:
         asked = self._generation
         if asked.prompts:
             for number, prompt in enumerate(asked.prompts):
-                request = llama_request.completion(asked, prompt)
-                async with contextlib.aclosing(self._plain(request, number * asked.choices, moved)) as events:
+                ask = functools.partial(llama_request.completion, asked, prompt)
+                async with contextlib.aclosing(self._plain(ask, number * asked.choices, asked.choices, moved)) as events:
                     async for some in events:
                         yield some
         elif self._calls or self._is_held or asked.tells_stop:
@@ -75,12 +89,10 @@ class Writing:
                         yield some
         else:
             schema = None if self._constraint is None else self._constraint.engine
-            for first in range(0, asked.choices, self._slots):
-                sampling = _seeded(asked.sampling, first)
-                request = llama_request.chat(asked, self.turns, sampling, choices=min(self._slots, asked.choices - first), schema=schema)
-                async with contextlib.aclosing(self._plain(request, first, moved)) as events:
-                    async for some in events:
-                        yield some
+            ask = functools.partial(llama_request.chat, asked, self.turns, schema=schema)
+            async with contextlib.aclosing(self._plain(ask, 0, asked.choices, moved)) as events:
+                async for some in events:
+                    yield some
 
     async def _alone(self, choice: int, moved: Callable[[], None]) -> AsyncGenerator[Events, None]:
         """One choice that must fit something, or must say where it stopped."""
@@ -89,36 +101,45 @@ class Writing:
         elif self._is_held:
             yield await self._fitting(choice, moved)
         else:
-            async with contextlib.aclosing(self._plain(self._free(choice), choice, moved)) as events:
+            async with contextlib.aclosing(self._free(choice, moved)) as events:
                 async for some in events:
                     yield some
 
-    def _free(self, choice: int) -> llama_request.EngineRequest:
-        return llama_request.chat(self._generation, self.turns, _seeded(self._generation.sampling, choice), choices=1, schema=None)
+    def _free(self, choice: int, moved: Callable[[], None]) -> AsyncGenerator[Events, None]:
+        """One choice, as the engine likes it."""
 
-    async def _plain(self, request: llama_request.EngineRequest, first: int, moved: Callable[[], None]) -> AsyncGenerator[Events, None]:
-        """What the engine writes, as it writes it."""
-        stream = EngineStream(choices=request.choices, first=first, top_logprobs=self._generation.top_logprobs)
-        cutter = StopCutter(self._generation.sampling.stop) if self._generation.tells_stop else None
-        async with self._asked(request) as answer:
-            async for chunk in answer.body():
-                moved()
-                events = stream.feed(chunk)
-                if cutter is not None:
-                    events = cutter.feed(events)
-                if events:
-                    yield events
-                if stream.is_whole or (cutter is not None and cutter.has_met):
-                    break
-            else:
-                raise EngineFailed("the engine stopped in the middle of its answer")
-        self._count(stream.usage if stream.is_whole else stream.timed)
+        def ask(sampling: Sampling) -> llama_request.EngineRequest:
+            return llama_request.chat(self._generation, self.turns, _seeded(sampling, choice), schema=None)
+
+        return self._plain(ask, choice, 1, moved)
+
+    async def _plain(self, ask: Ask, first: int, choices: int, moved: Callable[[], None]) -> AsyncGenerator[Events, None]:
+        """What the engine writes, as it writes it: so many choices of one prompt, as many at once as there are free slots."""
+        asked = self._generation
+        done = 0
+        while done < choices:
+            cutter = StopCutter(asked.sampling.stop) if asked.tells_stop else None
+            async with self._asked(ask(_seeded(asked.sampling, done)), choices - done) as (answer, seated):
+                stream = EngineStream(choices=seated, first=first + done, top_logprobs=asked.top_logprobs)
+                async for chunk in answer.body():
+                    moved()
+                    events = stream.feed(chunk)
+                    if cutter is not None:
+                        events = cutter.feed(events)
+                    if events:
+                        yield events
+                    if stream.is_whole or (cutter is not None and cutter.has_met):
+                        break
+                else:
+                    raise EngineFailed("the engine stopped in the middle of its answer")
+            self._count(stream.usage if stream.is_whole else stream.timed, is_new_prompt=bool(asked.prompts) and not done)
+            done += seated
 
     async def _watched(self, choice: int, moved: Callable[[], None]) -> AsyncGenerator[Events, None]:
         """Free text that may turn into a call: then the call is written anew, under its schema."""
         watch = tool_prompt.CallWatch(self._generation.tools)
         shown = 0
-        async with contextlib.aclosing(self._plain(self._free(choice), choice, moved)) as pieces:
+        async with contextlib.aclosing(self._free(choice, moved)) as pieces:
             async for events in pieces:
                 out: Events = []
                 for event in events:
@@ -189,10 +210,10 @@ class Writing:
             schema = json_schema.tightened(schema)
             hotter = max(TEMPERATURES[number - 1], sampling.temperature or 0.0)
             sampling = msgspec.structs.replace(sampling, temperature=hotter)
-        request = llama_request.chat(asked, self.turns, sampling, choices=1, schema=schema)
+        request = llama_request.chat(asked, self.turns, sampling, schema=schema)
         stream = EngineStream(choices=1, first=choice, top_logprobs=asked.top_logprobs)
         events: Events = []
-        async with self._asked(request) as answer:
+        async with self._asked(request) as (answer, _):
             async for chunk in answer.body():
                 moved()
                 events += stream.feed(chunk)
@@ -202,7 +223,7 @@ class Writing:
         reason: Reason = next((event.reason for event in events if isinstance(event, Ended)), "stop")
         return _Written(text, events, reason, stream.usage)
 
-    def _count(self, usage: Usage | None) -> None:
+    def _count(self, usage: Usage | None, *, is_new_prompt: bool = False) -> None:
         """Add what one more request wrote. The prompt counts once, but each of several prompts counts."""
         if usage is None:
             raise EngineFailed("the engine did not count its answer")
@@ -210,19 +231,24 @@ class Writing:
         if old is None:
             self._usage = usage
             return
-        several = bool(self._generation.prompts)
         self._usage = Usage(
-            prompt_tokens=old.prompt_tokens + usage.prompt_tokens if several else old.prompt_tokens,
-            cached_tokens=old.cached_tokens + usage.cached_tokens if several else old.cached_tokens,
+            prompt_tokens=old.prompt_tokens + usage.prompt_tokens if is_new_prompt else old.prompt_tokens,
+            cached_tokens=old.cached_tokens + usage.cached_tokens if is_new_prompt else old.cached_tokens,
             output_tokens=old.output_tokens + usage.output_tokens,
         )
 
     @contextlib.asynccontextmanager
-    async def _asked(self, request: llama_request.EngineRequest) -> AsyncIterator[EngineAnswer]:
-        async with self._engine.post(request.path, request.body) as answer:
-            if answer.head.status != 200:
-                raise Refused(refusal(answer.head.status, await small(answer), self._generation.params))
-            yield answer
+    async def _asked(self, request: llama_request.EngineRequest, choices: int = 1) -> AsyncIterator[tuple[EngineAnswer, int]]:
+        """The engine's answer, and how many choices are in it: at least one, at most those wanted."""
+        async with self._seats.taken(self._asker, request.body, choices) as taken:
+            seat = taken.seat
+            body = llama_request.placed(request, slot=seat.slot, may_reuse=seat.may_reuse, choices=seat.choices)
+            async with self._engine.post(request.path, body) as answer:
+                if answer.head.status != 200:
+                    taken.refused()
+                    raise Refused(refusal(answer.head.status, await small(answer), self._generation.params))
+                taken.began()
+                yield answer, seat.choices
 
 
 def _made(call: tuple[str, dict[str, Any]]) -> ToolCall:
