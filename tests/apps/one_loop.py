@@ -15,6 +15,7 @@ from fallow.apps.hub.main import KeyDesk
 from fallow.apps.node.attached import PATHS
 from fallow.apps.node.node import Node
 from fallow.apps.node.served import EVENTS, JSON, Piece, load_of
+from fallow.core.slots import Asker
 from fallow.model import messages as m
 from fallow.model.card import Card, Hardware
 from fallow.model.errors import Failure
@@ -164,6 +165,7 @@ class FakeServed:
         self.calls = 0
         self.usage = Usage(prompt_tokens=7, output_tokens=3)
         self.bodies: list[bytes] = []
+        self.askers: list[Asker] = []
         self.waits_s: list[float | None] = []
         self.inside = 0
         self.seems_idle = False
@@ -183,8 +185,9 @@ class FakeServed:
         return self.not_ready
 
     @contextlib.asynccontextmanager
-    async def ask(self, path: str, body: bytes) -> AsyncIterator[FakeAnswer]:
+    async def ask(self, path: str, body: bytes, asker: Asker) -> AsyncIterator[FakeAnswer]:
         self.bodies.append(body)
+        self.askers.append(asker)
         self.inside += 1
         try:
             yield FakeAnswer(self.play(body), stream=b'"stream":true' in body, usage=self.usage)

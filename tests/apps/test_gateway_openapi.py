@@ -7,6 +7,7 @@ import pytest
 
 from fallow.apps.gateway import errors, openapi
 from fallow.wire import openai as wire
+from fallow.wire import wishes
 
 if TYPE_CHECKING:  # the same file under the two names by which mypy and pytest know it
     from tests.apps.one_loop import Network
@@ -38,7 +39,7 @@ async def test_every_path_is_in_it() -> None:
     for path in wire.HEADS:
         assert set(paths[path]) == {"post"}
         assert paths[path]["post"]["requestBody"]["required"]
-        assert [one["name"] for one in paths[path]["post"]["parameters"]] == ["Prefer"]
+        assert [one["name"] for one in paths[path]["post"]["parameters"]] == ["Prefer", *wishes.HEADERS, wishes.TIER_HEADER]
     for path in LOOK_UPS:
         assert set(paths[path]) == {"get"}
     assert {"/healthz", "/fallow/nodes"} <= set(paths)
@@ -67,6 +68,31 @@ async def test_a_chat_that_is_right_is_right_by_the_document() -> None:
     validator = jsonschema_rs.validator_for({**schema, "components": whole["components"]})
     assert validator.is_valid({"model": "m", "messages": [{"role": "user", "content": "hi"}]})
     assert not validator.is_valid({"model": "m", "messages": "hi"})
+
+
+@pytest.mark.parametrize("path", sorted(wire.HEADS))
+@pytest.mark.parametrize(
+    ("fallow", "is_right"),
+    [
+        ({}, True),
+        ({"max_cost": 0.002, "rings": ["own"], "region": ["eu-de"], "country": "DE", "strict": None}, True),
+        ({"rings": ["all"]}, False),
+        ({"country": "deu"}, False),
+        ({"ring": ["own"]}, False),
+        (None, False),
+    ],
+)
+async def test_the_wishes_are_in_the_document(path: str, fallow: Any, is_right: bool) -> None:
+    whole = await document()
+    schema = whole["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    validator = jsonschema_rs.validator_for({**schema, "components": whole["components"]})
+    errors_found = [
+        error for error in validator.iter_errors({"model": "m", "fallow": fallow}) if list(error.instance_path)[:1] == ["fallow"]
+    ]
+    assert (not errors_found) == is_right
+    described = whole["components"]["schemas"]["Wishes"]["properties"]
+    assert {name: field["description"] for name, field in described.items()} == wishes.ABOUT
+    assert "The owner of a node can read what runs on it" in described["rings"]["description"]
 
 
 async def test_the_errors_have_the_paths_envelope() -> None:

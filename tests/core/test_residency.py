@@ -4,7 +4,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fallow.core.residency import Enter, Evict, Never, Resident, Verdict, Wait, make_room
+from fallow.core.residency import (
+    FRESH_MS,
+    IDLE_LEAVES_MS,
+    Enter,
+    Evict,
+    Never,
+    Resident,
+    Verdict,
+    Wait,
+    idle,
+    make_planned_room,
+    make_room,
+)
 
 
 def resident(model: str, size: int, *, present: bool = False, calls: int = 0, used: int = 0, leaving: bool = False) -> Resident:
@@ -67,3 +79,45 @@ def test_after_an_eviction_the_newcomer_fits_and_nobody_lost_a_call(rows: list[t
             assert size > 10 - held
         case Never():
             raise AssertionError("nothing here is over the limit")
+
+
+NOW_MS = 10 * IDLE_LEAVES_MS
+LONG_AGO = NOW_MS - FRESH_MS
+
+
+def test_for_a_call_what_is_planned_leaves_last() -> None:
+    there = [resident("a", 5, present=True, used=1), resident("b", 5, present=True, used=2), resident("new", 4)]
+    assert make_room("new", there, limit_bytes=10, held={"a"}) == Evict(("b",))
+    assert make_room("new", there, limit_bytes=10, held={"a", "b"}) == Evict(("a",))
+
+
+@pytest.mark.parametrize(
+    ("others", "verdict"),
+    [
+        ([resident("a", 6, present=True, used=NOW_MS)], Enter()),
+        ([resident("a", 7, present=True, used=LONG_AGO)], Evict(("a",))),
+        ([resident("a", 7, present=True, used=LONG_AGO + 1)], Wait(("a",), "in_use")),  # somebody may call it again
+        ([resident("a", 7, present=True, used=LONG_AGO, calls=1)], Wait(("a",), "in_use")),
+        ([resident("held", 7, present=True)], Wait(("held",), "in_use")),
+        ([resident("held", 4, present=True), resident("a", 4, present=True, used=LONG_AGO)], Evict(("a",))),
+        ([resident("a", 7, present=True, leaving=True)], Wait(("a",), "leaving")),
+    ],
+)
+def test_planned_room_for_four_of_ten(others: list[Resident], verdict: Verdict) -> None:
+    found = make_planned_room("new", [*others, resident("new", 4)], limit_bytes=10, held={"new", "held"}, now_ms=NOW_MS)
+    assert found == verdict
+
+
+@pytest.mark.parametrize(
+    ("one", "leaves"),
+    [
+        (resident("a", 1, present=True, used=NOW_MS - IDLE_LEAVES_MS), True),
+        (resident("a", 1, present=True, used=NOW_MS - IDLE_LEAVES_MS + 1), False),
+        (resident("a", 1, present=True, calls=1), False),
+        (resident("a", 1, present=True, leaving=True), False),
+        (resident("a", 1), False),
+        (resident("stays", 1, present=True), False),
+    ],
+)
+def test_idle(one: Resident, leaves: bool) -> None:
+    assert idle([one, resident("b", 1, present=True, used=NOW_MS)], stay={"stays"}, now_ms=NOW_MS) == (("a",) if leaves else ())

@@ -7,7 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec import json as msgjson
+from msgspec.structs import replace
 
+from fallow.core.needs import Asked
 from fallow.model.errors import Failure, InvalidRequest
 from fallow.wire.openai import (
     CHAT,
@@ -26,11 +28,12 @@ from fallow.wire.openai import (
     Model,
     ModelList,
     ResponsesHead,
-    Wishes,
+    asked_of,
     error_body,
     invalid,
     read_head,
 )
+from fallow.wire.wishes import TIER_HEADER, Wishes
 
 PROMISE = settings(derandomize=True, deadline=None, max_examples=60)
 
@@ -132,11 +135,58 @@ def test_tiers(path: str, tier: str, known: bool) -> None:
 @pytest.mark.parametrize(
     ("value", "param"), [("null", "fallow"), ("[]", "fallow"), ('"x"', "fallow"), ('{"ring":"own"}', "fallow.ring"), ('{"":1}', "fallow.")]
 )
-def test_our_own_object_has_no_keys_yet(path: str, value: str, param: str) -> None:
+def test_our_own_object_is_read_on_every_path(path: str, value: str, param: str) -> None:
     with pytest.raises(InvalidRequest) as caught:
         read_head(path, b'{"model":"m","fallow":%s}' % value.encode())
     assert caught.value.param == param
     assert isinstance(read_head(path, b'{"model":"m","fallow":{}}').fallow, Wishes)
+
+
+LINE = TIER_HEADER.lower().encode()
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "lines", "asked"),
+    [
+        (CHAT, {}, [], Asked(model="m")),
+        (CHAT, {"service_tier": "flex", "max_tokens": 7}, [], Asked(model="m", output_tokens_max=7, service_tier="flex")),
+        (CHAT, {"service_tier": "auto"}, [], Asked(model="m")),
+        (CHAT, {"service_tier": "scale"}, [(LINE, b"default")], Asked(model="m")),
+        (CHAT, {"service_tier": "auto"}, [(LINE, b"flex")], Asked(model="m", service_tier="flex")),
+        (CHAT, {"service_tier": "flex"}, [(LINE, b"auto")], Asked(model="m", service_tier="flex")),
+        (MESSAGES, {"service_tier": "auto"}, [(LINE, b" priority ")], Asked(model="m", service_tier="priority")),
+        (EMBEDDINGS, {}, [(LINE, b"flex")], Asked(model="m", service_tier="flex")),
+        (RERANK, {"fallow": {"hardware": "gpu"}}, [], Asked(model="m", hardware="gpu")),
+        (CHAT, {}, [(b"fallow-strict", b"true")], Asked(model="m", strict=True)),
+        (
+            CHAT,
+            {"fallow": {"max_cost": 0.5}},
+            [(b"fallow-hardware", b"cpu")],
+            Asked(model="m", cost_max_micro=500_000, hardware="cpu"),
+        ),
+    ],
+)
+def test_what_is_asked_for(path: str, body: dict[str, Any], lines: list[tuple[bytes, bytes]], asked: Asked) -> None:
+    head = read_head(path, msgjson.encode({"model": "m"} | body))
+    assert asked_of(head, 403, lines) == replace(asked, prompt_tokens=100)
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "lines", "param"),
+    [
+        (CHAT, b'{"model":"m","service_tier":"flex"}', [b"priority"], "service_tier"),
+        (CHAT, b'{"model":"m","service_tier":"default"}', [b"flex"], "service_tier"),
+        (MESSAGES, b'{"model":"m","service_tier":"standard_only"}', [b"flex"], "service_tier"),
+        (CHAT, b'{"model":"m"}', [b"gold"], TIER_HEADER),
+        (CHAT, b'{"model":"m"}', [b""], TIER_HEADER),
+        (CHAT, b'{"model":"m"}', [b"flex", b"flex"], TIER_HEADER),
+    ],
+)
+def test_a_tier_that_is_wrong(path: str, body: bytes, lines: list[bytes], param: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        asked_of(read_head(path, body), len(body), [(LINE, line) for line in lines])
+    assert caught.value.param == param
+    assert param in caught.value.message
 
 
 def test_the_types_of_the_heads() -> None:
@@ -158,7 +208,7 @@ def test_every_tier_of_openai_is_understood(tier: str) -> None:
         (b'{"model":5}', "model", "model: Expected `str`, got `int`"),
         (b'{"model":null}', "model", "got `null`"),
         (b'{"model":"m","stream":"yes"}', "stream", "got `str`"),
-        (b'{"model":"m","fallow":{"ring":"own"}}', "fallow.ring", "fallow.ring has no meaning yet"),
+        (b'{"model":"m","fallow":{"ring":"own"}}', "fallow.ring", "fallow.ring: there is no such wish; there are: first_token_ms, "),
         (b'{"model":"m","max_tokens":1.5}', "max_tokens", "got `float`"),
         (b'{"model":"m","max_tokens":0}', "max_tokens", "between 1 and 2147483647"),
         (b'{"model":"m","max_tokens":-1}', "max_tokens", "between 1 and"),
@@ -237,7 +287,12 @@ def test_a_refusal_names_a_field_of_the_request(fields: dict[str, Any]) -> None:
             "messages[0].content[1].image",
             "messages[0].content[1].image is not a parameter that this model's engine takes",
         ),
-        ("Object contains unknown field `x` - at `$.fallow`", "fallow.x", "fallow.x has no meaning yet; leave it out"),
+        (
+            "Expected `int` >= 1 - at `$.fallow.per_token_ms`",
+            "fallow.per_token_ms",
+            "fallow.per_token_ms: Expected `int` >= 1; it takes milliseconds that each further token may take, "
+            "as a mean over the answer, from 1 to 600000",
+        ),
         ("Expected `float` <= 2.0 - at `$.temperature`", "temperature", "temperature: Expected `float` <= 2.0"),
         ("Expected `str`, got `int` - at `$.metadata[...]`", "metadata[...]", "metadata[...]: Expected `str`, got `int`"),
         ("Expected `object`, got `array`", None, "Expected `object`, got `array`"),

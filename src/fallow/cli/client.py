@@ -76,7 +76,8 @@ def find_gateway(data: Path | None, base_url: str) -> Gateway:
     return Gateway(base_url=url, api_key=key)
 
 
-def _ask(gateway: Gateway, path: str, body: dict[str, Any] | None = None, *, within_s: float = PAGE_S) -> requests.Response:
+def ask(gateway: Gateway, path: str, body: dict[str, Any] | None = None, *, within_s: float = PAGE_S) -> requests.Response:
+    """What the gateway says at a path; raises StartFailed with its words, or if it can't be reached."""
     headers = {"authorization": f"Bearer {gateway.api_key}"}
     method = "GET" if body is None else "POST"
     try:
@@ -92,7 +93,8 @@ def _ask(gateway: Gateway, path: str, body: dict[str, Any] | None = None, *, wit
     return answer
 
 
-def _read(answer: requests.Response, kind: type[T]) -> T:
+def read_as(answer: requests.Response, kind: type[T]) -> T:
+    """An answer as what it should be; raises StartFailed."""
     try:
         return msgspec.json.decode(answer.content, type=kind)
     except (msgspec.DecodeError, UnicodeDecodeError, requests.RequestException):
@@ -114,14 +116,14 @@ def chat(data: Path | None, base_url: str, text: str, *, model: str, max_tokens:
         if not said.strip() or len(said) > TEXT_BYTES_MAX:
             raise BadSetting("say something, as an argument or on standard input" if not said.strip() else "that is too long: 1 MB at most")
         if not model:
-            offered = [one.id for one in _read(_ask(gateway, "/v1/models"), Offered).data if CHAT in one.endpoints]
+            offered = [one.id for one in read_as(ask(gateway, "/v1/models"), Offered).data if CHAT in one.endpoints]
             if not offered:
                 raise StartFailed("no model that chats is offered now; lend one with `fallow lend`")
             model = offered[0]
         body: dict[str, Any] = {"model": model, "stream": True, "messages": [{"role": "user", "content": said}]}
         if max_tokens is not None:
             body["max_tokens"] = max_tokens
-        _print_stream(_ask(gateway, CHAT, body, within_s=ANSWER_S))
+        _print_stream(ask(gateway, CHAT, body, within_s=ANSWER_S))
     except FallowError as error:
         complain(error)
         return 2 if isinstance(error, BadSetting) else 1
@@ -165,7 +167,7 @@ def nodes(data: Path | None, base_url: str, *, as_json: bool) -> int:
 
 
 def _nodes(gateway: Gateway) -> list[NodeView]:
-    return _read(_ask(gateway, "/fallow/nodes"), NodeList).nodes
+    return read_as(ask(gateway, "/fallow/nodes"), NodeList).nodes
 
 
 def _table(found: list[NodeView]) -> None:
@@ -191,7 +193,7 @@ def status(data: Path | None, base_url: str, *, as_json: bool) -> int:
     """`fallow status`."""
     try:
         gateway = find_gateway(data, base_url)
-        about = _read(_ask(gateway, "/fallow/status"), GatewayStatus)
+        about = read_as(ask(gateway, "/fallow/status"), GatewayStatus)
         found = _nodes(gateway)
     except FallowError as error:
         complain(error)

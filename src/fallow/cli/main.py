@@ -224,6 +224,19 @@ def nodes(data: Data = None, base_url: BaseUrl = "", as_json: AsJson = False) ->
 
 
 @app.command()
+def prices(
+    model: Annotated[str, typer.Argument(metavar="[MODEL]", help="[default: all that have a price]")] = "",
+    data: Data = None,
+    base_url: BaseUrl = "",
+    as_json: AsJson = False,
+) -> None:
+    """Show what models go for, and how that moved over the last day."""
+    from fallow.cli import prices
+
+    sys.exit(prices.prices(data, base_url, model, as_json=as_json))
+
+
+@app.command()
 def status(data: Data = None, base_url: BaseUrl = "", as_json: AsJson = False) -> None:
     """Show what runs here: address, key, nodes."""
     from fallow.cli import client

@@ -1,9 +1,15 @@
-"""Which models a node keeps in memory: one comes in when it is called for, and the least recently used ones leave for it."""
+"""Which models a node keeps in memory: one comes in when it is called for or planned, the least recently used leave for it."""
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from typing import Literal
 
 import msgspec
+from msgspec.structs import replace
+
+IDLE_LEAVES_MS = 15 * 60_000
+"""A model that nobody called in this time leaves memory: its owner has a use for that."""
+FRESH_MS = 60_000
+"""A model that was called this recently doesn't leave for one that is only planned, or the two would take turns."""
 
 
 class Resident(msgspec.Struct, frozen=True, kw_only=True):
@@ -44,8 +50,8 @@ class Never(msgspec.Struct, frozen=True):
 Verdict = Enter | Evict | Wait | Never
 
 
-def make_room(wanted: str, residents: Sequence[Resident], *, limit_bytes: int) -> Verdict:
-    """What must happen so that `wanted` can be in memory; a model with calls is never evicted."""
+def make_room(wanted: str, residents: Sequence[Resident], *, limit_bytes: int, held: Set[str] = frozenset()) -> Verdict:
+    """What must happen so that `wanted` can be in memory; a model with calls is never evicted, one of `held` only after others."""
     newcomer = next(one for one in residents if one.model == wanted)
     if newcomer.needs_bytes > limit_bytes:
         return Never()
@@ -62,9 +68,25 @@ def make_room(wanted: str, residents: Sequence[Resident], *, limit_bytes: int) -
         return Wait(tuple(one.model for one in leaving), "leaving")
     lacking -= sum(one.needs_bytes for one in leaving)
     evicted: list[str] = []
-    for one in sorted((one for one in present if not one.is_leaving and not one.calls), key=lambda one: (one.used_at_ms, one.model)):
+    idle = [one for one in present if not one.is_leaving and not one.calls]
+    for one in sorted(idle, key=lambda one: (one.model in held, one.used_at_ms, one.model)):
         evicted.append(one.model)
         lacking -= one.needs_bytes
         if lacking <= 0:
             return Evict(tuple(evicted))
     return Wait(tuple(one.model for one in present if one.calls), "in_use")
+
+
+def make_planned_room(wanted: str, residents: Sequence[Resident], *, limit_bytes: int, held: Set[str], now_ms: int) -> Verdict:
+    """As `make_room` for a model that is planned and not called: what is planned too, or was called lately, stays."""
+    guarded = [replace(one, calls=one.calls or int(one.model in held or now_ms - one.used_at_ms < FRESH_MS)) for one in residents]
+    return make_room(wanted, guarded, limit_bytes=limit_bytes)
+
+
+def idle(residents: Sequence[Resident], *, stay: Set[str], now_ms: int) -> tuple[str, ...]:
+    """The models that leave because nobody calls them; those of `stay` don't."""
+    return tuple(
+        one.model
+        for one in residents
+        if one.is_present and not one.is_leaving and not one.calls and one.model not in stay and now_ms - one.used_at_ms >= IDLE_LEAVES_MS
+    )

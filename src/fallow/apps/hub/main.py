@@ -6,20 +6,31 @@ import hmac
 import logging
 from pathlib import Path
 
+import msgspec
+
 from fallow.adapters.broker import Broker, start_broker
+from fallow.adapters.clock import SystemClock
 from fallow.adapters.files import only_one, read_or_make
 from fallow.adapters.nats_bus import NatsBus
+from fallow.adapters.price_record import PriceRecord
+from fallow.apps.hub.listening import GROUP, HubRoster
+from fallow.apps.hub.placing import Placing
+from fallow.apps.hub.price_desk import PriceDesk
 from fallow.apps.run import tell_ready
-from fallow.apps.settings import KEY_FILE, SECRET_FILE, Settings
+from fallow.apps.settings import KEY_FILE, SECRET_FILE, Key, Settings
+from fallow.core.needs import micro
 from fallow.model import messages as m
 from fallow.model.call import Grant
-from fallow.model.errors import BrokerLost, FallowError, WireError
+from fallow.model.errors import BadSetting, BrokerLost, FallowError, WireError
 from fallow.model.ids import KeyId, OrgId
+from fallow.model.needs import Policy
 from fallow.ports import Bus, Delivery
 from fallow.wire import codec, subjects
 
 KEY_PREFIX = "fk-"
-GROUP = "hub"
+USUAL = Policy()
+POLICY_BYTES_MAX = subjects.KEY.payload_bytes_max - 512
+"""What a policy may take of the message in which gateways hear of it; the rest is room for ids."""
 RESTART_S_MIN = 0.2
 RESTART_S_MAX = 30.0
 HEALTHY_S = 10.0
@@ -31,10 +42,10 @@ log = logging.getLogger("fallow.hub")
 class KeyDesk:
     """Answers gateways' questions about API keys."""
 
-    def __init__(self, bus: Bus, key: str, org_id: OrgId) -> None:
+    def __init__(self, bus: Bus, key: str, org_id: OrgId, policy: Policy = USUAL) -> None:
         self._bus = bus
         self._digest = hashlib.sha256(key.encode()).digest()
-        self._grant = Grant(key_id=KeyId("key-" + self._digest.hex()[:12]), org_id=org_id)
+        self._grant = Grant(key_id=KeyId("key-" + self._digest.hex()[:12]), org_id=org_id, policy=policy)
         self._group: asyncio.TaskGroup | None = None
 
     async def start(self, group: asyncio.TaskGroup) -> None:
@@ -56,6 +67,26 @@ class KeyDesk:
             await self._bus.publish(subject, codec.encode(answer))
         except BrokerLost:
             log.debug("not answered: the broker is away")
+
+
+def policy_of(key: Key) -> Policy:
+    """What the settings allow the hub's key; raises BadSetting if it doesn't fit into a message."""
+    policy = Policy(
+        rings=frozenset(key.rings),
+        partners=frozenset(map(OrgId, key.partners)),
+        regions=frozenset(key.regions),
+        countries=frozenset(key.countries),
+        hardware=key.hardware or None,
+        isolation=None if key.isolation == "none" else key.isolation,
+        prefer=key.prefer,
+        cost_max_micro=micro(key.max_cost) if key.max_cost else None,
+        price_max_micro_per_munit=micro(key.max_price) if key.max_price else None,
+    )
+    size = len(msgspec.msgpack.encode(policy))
+    if size > POLICY_BYTES_MAX:
+        text = f"what the key allows takes {size} bytes, the limit is {POLICY_BYTES_MAX}: name fewer partners, regions or countries"
+        raise BadSetting(f"settings.toml: key: {text}")
+    return policy
 
 
 class BrokerKeeper:
@@ -97,7 +128,11 @@ class BrokerKeeper:
 
 
 async def run_hub(settings: Settings, secret: str, secret_in: str, until: asyncio.Event, ready: int | None) -> None:
-    """Be the meeting point until told to stop; raises StartFailed. Without a `secret` one is made; `secret_in` says where it is from."""
+    """Be the meeting point until told to stop; raises StartFailed or BadSetting.
+
+    Without a `secret` one is made; `secret_in` says where it is from.
+    """
+    policy = policy_of(settings.key)
     with only_one(settings.data, "hub"):
         key = read_or_make(settings.data / KEY_FILE, prefix=KEY_PREFIX)
         secret = secret or read_or_make(settings.data / SECRET_FILE)
@@ -111,12 +146,25 @@ async def run_hub(settings: Settings, secret: str, secret_in: str, until: asynci
                 address = await keeper.start()
                 keeping = group.create_task(keeper.keep(), name="broker")
             bus = NatsBus(address, secret, "hub")
+            desks: list[asyncio.Task[None]] = []
             try:
                 await bus.connect()
-                await KeyDesk(bus, key, OrgId(settings.organisation.id)).start(group)
+                await KeyDesk(bus, key, OrgId(settings.organisation.id), policy).start(group)
+                clock = SystemClock()
+                roster = HubRoster(bus, clock)
+                await roster.start()
+                desks.append(group.create_task(roster.run(), name="roster"))
+                prices = PriceDesk(bus, roster, PriceRecord(settings.data), clock)
+                await prices.start(group)
+                desks.append(group.create_task(prices.run(), name="prices"))
+                placing = Placing(bus, roster, clock)
+                await placing.start()
+                desks.append(group.create_task(placing.run(), name="placing"))
                 tell_ready(ready, address, f"The hub is up: nodes and gateways join with --hub {address} and the secret in {secret_in}")
                 await until.wait()
             finally:
+                for desk in desks:
+                    desk.cancel()
                 await bus.close()
                 if keeping is not None:
                     keeping.cancel()

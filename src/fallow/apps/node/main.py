@@ -19,6 +19,7 @@ from fallow.adapters.files import make_folder, only_one, read_or_make
 from fallow.adapters.jail import NO_JAIL, Jail, detect
 from fallow.adapters.nats_bus import NatsBus
 from fallow.apps.node.attached import attach
+from fallow.apps.node.holding import Holding
 from fallow.apps.node.loading import Loader
 from fallow.apps.node.node import Node
 from fallow.apps.node.owner_side import OwnerSide
@@ -96,16 +97,27 @@ async def _join(
     bus = NatsBus(joining.hub, joining.secret, card.node_id)
     await bus.connect()
     try:
+        await owner.asking.start(bus, card.hardware.kind)
         node = Node(card, lent.served, bus, clock)
         async with asyncio.TaskGroup() as group:
             serving = group.create_task(node.run(until), name="node")
             loading = group.create_task(_tell_when_ready(owner, node, lent.served, joining.ready), name="ready")
             serving.add_done_callback(lambda _: loading.cancel())
+            holding = group.create_task(_hold(owner, lent, card.node_id, bus, clock), name="holding")
+            serving.add_done_callback(lambda _: holding.cancel())
             await until.wait()
             loading.cancel()
+            holding.cancel()
             owner.gatekeeper.tell = lambda verdict, drops: None  # what happens now is the node's own leaving
     finally:
         await bus.close()
+
+
+async def _hold(owner: OwnerSide, lent: "Lent", node_id: NodeId, bus: NatsBus, clock: Clock) -> None:
+    """Follow the hub's plan, where engines are ours to load."""
+    if lent.room is not None:
+        first = lent.served[0].model
+        await Holding(node_id, lent.room, bus, clock, offered=owner.offered, may_follow=owner.follows_demand, first=first).run()
 
 
 async def _until_told(work: Coroutine[None, None, T], until: asyncio.Event) -> T | None:
@@ -150,17 +162,18 @@ def _card(node_id: NodeId, settings: Settings, lent: "Lent", clock: Clock) -> Ca
         hardware=lent.hardware,
         isolation=lent.jail.level,
         region=settings.node.region,
-        serves=frozenset({"own", "partner"}),
+        serves=frozenset(settings.lend.serves),
     )
 
 
 class Lent(msgspec.Struct, frozen=True, kw_only=True):
-    """What is lent, by what, and what is known of its speed."""
+    """What is lent, by what, and what is known of its speed. An attached server has its own memory, not our `room`."""
 
     served: list[Served]
     hardware: Hardware
     jail: Jail
     measured: dict[str, Measured]
+    room: Room | None = None
 
 
 async def _packaged(settings: Settings, folder: Path, owner: OwnerSide, clock: Clock) -> Lent:
@@ -168,8 +181,8 @@ async def _packaged(settings: Settings, folder: Path, owner: OwnerSide, clock: C
     jail = await asyncio.to_thread(detect, settings.lend.isolation)
     groups = await asyncio.to_thread(cgroup.detect)
     log.info("isolation %s; control groups: %s", jail.level, groups.why_not or "delegated")
-    limit = memory_limit(memory_free_bytes=machine.free_memory_bytes(), wanted_gb=settings.node.memory_gb)
-    loader = Loader(settings, folder, Room(limit), clock, jail=jail, cgroups=groups, cores_max=owner.gatekeeper.limits.cores_max)
+    room = Room(memory_limit(memory_free_bytes=machine.free_memory_bytes(), wanted_gb=settings.node.memory_gb))
+    loader = Loader(settings, folder, room, clock, jail=jail, cgroups=groups, cores_max=owner.gatekeeper.limits.cores_max)
     catalogue = load_catalogue(settings.data)
     served: list[Served] = []
     measured: dict[str, Measured] = {}
@@ -184,7 +197,7 @@ async def _packaged(settings: Settings, folder: Path, owner: OwnerSide, clock: C
         served.append(loader.load(weights, subject, known))
     memory_speed = next((one.memory_bytes_per_s for one in measured.values()), None)
     hardware = machine.read_hardware(memory_bytes_per_s=memory_speed)
-    return Lent(served=served, hardware=hardware, jail=jail, measured=measured)
+    return Lent(served=served, hardware=hardware, jail=jail, measured=measured, room=room)
 
 
 async def _attached(joining: Joining, settings: Settings) -> Lent:

@@ -12,6 +12,7 @@ from fallow.adapters.jail import Jail
 from fallow.adapters.owner_record import OwnerRecord, stamp
 from fallow.adapters.reins import Reins
 from fallow.adapters.senses.machine_senses import MachineSenses
+from fallow.apps.node.asking import Asking, choice_of
 from fallow.apps.node.attached import KINDS
 from fallow.apps.node.desk import Desk
 from fallow.apps.node.engine_served import EngineServed
@@ -117,11 +118,12 @@ class OwnerSide:
             has_display=here.has_display,
         )
         self.gatekeeper = Gatekeeper(self._sensing, self._limits(settings), self._engines, self._record, self._work, clock)
-        at_start = ("isolation", "measure", "cores", *(("refuse_kinds", "refuse_models") if is_attached else ()))
+        at_start = ("isolation", "measure", "cores", "serves", *(("refuse_kinds", "refuse_models") if is_attached else ()))
         self._watch = SettingsWatch(settings, reload, self._take, at_start)
         self._node: Node | None = None
         self._usd_per_kwh = settings.power.usd_per_kwh
-        self.gatekeeper.power_costs = self._reprice
+        self.asking = Asking(choice_of(settings), clock, self._reprice)
+        self.gatekeeper.power_costs = self._power_costs
 
     def _limits(self, settings: Settings) -> Limits:
         limits = limits_of(settings, default=self._default, cores_physical=machine.physical_cores(), cores=machine.usable_cpus())
@@ -134,19 +136,30 @@ class OwnerSide:
         self.gatekeeper.limits = self._limits(settings)
         self._settings = settings
         self._pricing.owner_watts = settings.power.watts
-        self._reprice(self._usd_per_kwh)
+        self.asking.choice = choice_of(settings)
+        self._reprice()
         if self._node is not None:
             self._node.refuse(refusals_of(settings))
         self.gatekeeper.look()
 
-    def _reprice(self, usd_per_kwh: float) -> None:
-        """Electricity costs something else from now on; what an attached server costs is its lender's word."""
+    def _power_costs(self, usd_per_kwh: float) -> None:
+        """Electricity costs something else from now on."""
         self._usd_per_kwh = usd_per_kwh
-        for one in self._served:
-            if isinstance(one, EngineServed):
-                one.price = self._pricing.price(one.model, usd_per_kwh)
-        if self._node is not None:
+        self._reprice()
+
+    def _reprice(self) -> bool:
+        """Electricity, the index or the owner's choice is another; what an attached server costs is its lender's word.
+
+        Whether anything is asked differently now. A call that was sent here keeps the price of the offer that it was sent for.
+        """
+        ours = [one for one in self._served if isinstance(one, EngineServed)]
+        before = [one.price for one in ours]
+        for one in ours:
+            one.price = self.asking.ask(one.model, self._pricing.price(one.model, self._usd_per_kwh))
+        has_changed = before != [one.price for one in ours]
+        if has_changed and self._node is not None:
             self._node.introduce()
+        return has_changed
 
     def lend(self, served: Sequence[Served], jail: Jail, measured: Mapping[str, Measured]) -> None:
         """What this machine lends; until now there was only the owner to listen to."""
@@ -154,11 +167,20 @@ class OwnerSide:
         self._isolation = (jail.level, jail.missing)
         self._pricing = Pricing(self._settings, measured)
         self._engines.take(served)
-        self._reprice(self._usd_per_kwh)
+        self._reprice()
 
     def may_work(self) -> bool:
         """What the gate said last."""
         return self.gatekeeper.verdict.state in WORKING
+
+    def follows_demand(self) -> bool:
+        """Whether models may come and go now as callers want them."""
+        return self._settings.lend.follow_demand and self.may_work()
+
+    def offered(self) -> frozenset[str]:
+        """The models in engines of our own that callers may have."""
+        refused, ours = refusals_of(self._settings), [one for one in self._served if isinstance(one, EngineServed)]
+        return frozenset(one.model for one in ours if one.model not in refused.models and one.paths - refused.paths)
 
     def load_later(self) -> None:
         """The first model, as soon as the machine may work."""

@@ -1,9 +1,9 @@
-"""The memory that engines share: a model comes in when it is called for, and idle ones leave for it."""
+"""The memory that engines share: a model comes in when it is called for or planned, and idle ones leave for it."""
 
 import asyncio
 from typing import Protocol
 
-from fallow.core.residency import Enter, Evict, Never, Resident, Wait, make_room
+from fallow.core.residency import Enter, Evict, Never, Resident, Wait, idle, make_planned_room, make_room
 from fallow.model.errors import StartFailed
 
 POLL_S = 0.05
@@ -22,10 +22,11 @@ class Tenant(Protocol):
 
 
 class Room:
-    """All models of a node, within one limit."""
+    """All models of a node, within one limit. `held` are those that the hub's plan wants here."""
 
     def __init__(self, limit_bytes: int) -> None:
         self.limit_bytes = limit_bytes
+        self.held: frozenset[str] = frozenset()
         self._tenants: dict[str, Tenant] = {}
 
     def add(self, tenant: Tenant) -> None:
@@ -41,7 +42,7 @@ class Room:
     async def admit(self, model: str) -> None:
         """Wait until there is room, then start the engine. Nobody else can take the room in between."""
         while True:
-            match make_room(model, [tenant.resident() for tenant in self._tenants.values()], limit_bytes=self.limit_bytes):
+            match make_room(model, self._residents(), limit_bytes=self.limit_bytes, held=self.held):
                 case Enter():
                     self._tenants[model].want()
                     return
@@ -56,5 +57,30 @@ class Room:
 
     def holders(self, model: str) -> tuple[str, ...]:
         """The models that must end their calls before this one can come in."""
-        verdict = make_room(model, [tenant.resident() for tenant in self._tenants.values()], limit_bytes=self.limit_bytes)
+        verdict = make_room(model, self._residents(), limit_bytes=self.limit_bytes, held=self.held)
         return verdict.models if isinstance(verdict, Wait) and verdict.why == "in_use" else ()
+
+    def invite(self, model: str, now_ms: int) -> bool:
+        """A planned model starts if there is room; else those that may leave for it do. False while they leave: it has the next turn."""
+        match make_planned_room(model, self._residents(), limit_bytes=self.limit_bytes, held=self.held, now_ms=now_ms):
+            case Enter():
+                self._tenants[model].want()
+            case Evict(models):
+                for one in models:
+                    self._tenants[one].leave()
+                return False
+            case Wait(why=why):
+                return why != "leaving"
+            case Never():
+                raise AssertionError("add() refuses what can never fit")
+        return True
+
+    def clear_idle(self, stay: frozenset[str], now_ms: int) -> tuple[str, ...]:
+        """End what nobody called for long; returns which."""
+        left = idle(self._residents(), stay=stay, now_ms=now_ms)
+        for model in left:
+            self._tenants[model].leave()
+        return left
+
+    def _residents(self) -> list[Resident]:
+        return [tenant.resident() for tenant in self._tenants.values()]

@@ -1,0 +1,80 @@
+"""The hub's view of the network: it hears heartbeats once, for all its desks that look at nodes and offers."""
+
+import asyncio
+import logging
+
+from fallow.core import roster as core
+from fallow.model import messages as m
+from fallow.model.errors import BrokerLost, WireError
+from fallow.model.ids import GatewayId, NodeId
+from fallow.ports import Bus, Clock, Delivery
+from fallow.wire import codec, subjects
+
+GROUP = "hub"
+"""Hubs share questions: one of them answers."""
+NODES_MAX = 10_000
+REFRESH_S = 1.0
+INTRODUCED_AS = GatewayId("hub")
+"""Whom a node is asked to introduce itself to. Its answer is a heartbeat, which goes to everyone."""
+
+log = logging.getLogger("fallow.hub")
+
+
+class HubRoster:
+    """Who is there, in memory only. `members` is what the hub's desks look at."""
+
+    def __init__(self, bus: Bus, clock: Clock) -> None:
+        self._bus = bus
+        self._clock = clock
+        self._members: dict[NodeId, core.Member] = {}
+        self._strangers: set[NodeId] = set()
+
+    async def start(self) -> None:
+        """Hear heartbeats from now on; raises BrokerLost."""
+        await self._bus.subscribe(subjects.HEARTBEATS, self._on_heartbeat)
+
+    async def run(self) -> None:
+        """Keep the list true until cancelled."""
+        while True:
+            await self.refresh()
+            await asyncio.sleep(REFRESH_S)
+
+    async def refresh(self) -> None:
+        """Drop who is gone, and ask strangers for their cards."""
+        now = self._clock.now_ms()
+        for node_id in [n for n, member in self._members.items() if core.is_gone(member, now_ms=now)]:
+            del self._members[node_id]
+        while self._strangers:
+            node_id = self._strangers.pop()
+            try:
+                await self._bus.publish(subjects.control(node_id), codec.encode(m.Introduce(gateway_id=INTRODUCED_AS)))
+            except BrokerLost:
+                return  # the node's next heartbeat makes it a stranger again
+
+    def members(self) -> dict[NodeId, core.Member]:
+        """The nodes that are there now. Those without a card are known to exist, and offer nothing yet."""
+        now = self._clock.now_ms()
+        return {node_id: member for node_id, member in self._members.items() if not core.is_gone(member, now_ms=now)}
+
+    def _on_heartbeat(self, delivery: Delivery) -> None:
+        try:
+            beat = codec.heartbeat.read(delivery.data)
+            subjects.token(beat.node_id)
+        except WireError as error:
+            log.warning("a heartbeat was dropped: %s", error)
+            return
+        if beat.node_id != subjects.last_token(delivery.subject) or not core.is_consistent(beat):
+            log.warning("a heartbeat was dropped: it names another node than its subject")
+            return
+        known = self._members.get(beat.node_id)
+        if known is None and len(self._members) >= NODES_MAX:
+            log.warning("a heartbeat was dropped: the hub follows %d nodes at most", NODES_MAX)
+            return
+        now = self._clock.now_ms()
+        member = core.hear(known, beat, now_ms=now)
+        if core.is_gone(member, now_ms=now):
+            self._members.pop(beat.node_id, None)
+            return
+        self._members[beat.node_id] = member
+        if core.is_stranger(member):
+            self._strangers.add(beat.node_id)
