@@ -1,11 +1,14 @@
 """The HTTP API as the gateway reads it: its paths, what it needs of a body, and the shape of OpenAI's errors."""
 
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import msgspec
 
+from fallow.core.needs import Asked
 from fallow.model.errors import Failure, InvalidRequest, shortened
-from fallow.wire import complaint
+from fallow.model.needs import ServiceTier
+from fallow.wire import complaint, wishes
+from fallow.wire.wishes import Wishes
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
@@ -23,6 +26,14 @@ BYTES_PER_TOKEN = 4
 
 Tier = Literal["auto", "default", "flex", "scale", "priority"]
 MessagesTier = Literal["auto", "standard_only"]
+TIERS: dict[Tier | MessagesTier, ServiceTier] = {
+    "auto": "default",
+    "standard_only": "default",
+    "default": "default",
+    "scale": "default",
+    "flex": "flex",
+    "priority": "priority",
+}
 
 
 class StreamOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -30,10 +41,6 @@ class StreamOptions(msgspec.Struct, frozen=True, kw_only=True):
 
     include_usage: bool = False
     include_obfuscation: bool = False
-
-
-class Wishes(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Our own object in a body. No key of it has a meaning yet, so none is taken."""
 
 
 class CallHead(msgspec.Struct, frozen=True, kw_only=True):
@@ -175,6 +182,33 @@ def read_head(path: str, body: bytes) -> CallHead:
     return head
 
 
+def asked_of(head: CallHead, body_bytes: int, headers: wishes.Lines) -> Asked:
+    """All that the caller asked for, in the body's head and in the request's headers; raises InvalidRequest."""
+    said = Wishes() if head.fallow is msgspec.UNSET else head.fallow
+    return wishes.asked_for(
+        wishes.joined(said, wishes.from_headers(headers)),
+        model=head.model,
+        prompt_tokens=body_bytes // BYTES_PER_TOKEN,
+        output_tokens_max=head.output_tokens_max,
+        service_tier=_tier(head.tier, headers),
+    )
+
+
+def _tier(said: Tier | MessagesTier | None, headers: wishes.Lines) -> ServiceTier:
+    """The tier of body and headers; raises InvalidRequest where they differ. `auto` says nothing."""
+    lines = wishes.values_of(wishes.TIER_HEADER, headers)
+    try:
+        also = msgspec.convert(lines[0] if len(lines) == 1 else lines, Tier) if lines else None
+    except msgspec.ValidationError:
+        text = f"the header {wishes.TIER_HEADER} takes one of {', '.join(get_args(Tier))}, once"
+        raise InvalidRequest(text, param=wishes.TIER_HEADER) from None
+    tiers = {TIERS[one] for one in (said, also) if one not in (None, "auto")}
+    if len(tiers) > 1:
+        text = f"service_tier and the header {wishes.TIER_HEADER} differ; say it in one place"
+        raise InvalidRequest(text, param="service_tier")
+    return tiers.pop() if tiers else "default"
+
+
 def decode(decoder: "msgspec.json.Decoder[Any]", body: bytes) -> Any:
     """Decode a client's JSON; raises InvalidRequest in words that help, with the field as `param`."""
     try:
@@ -190,10 +224,10 @@ def decode(decoder: "msgspec.json.Decoder[Any]", body: bytes) -> Any:
 def invalid(text: str) -> InvalidRequest:
     """A validation error of msgspec, with the field's path as `param`."""
     found = complaint.read(text)
+    if found.path.startswith(f"{wishes.OBJECT}."):
+        return wishes.wrong(found)
     if found.kind == "missing":
         return InvalidRequest(f"{found.path} is required", param=found.path)
-    if found.path.startswith("fallow."):
-        return InvalidRequest(f"{shortened(found.path)} has no meaning yet; leave it out", param=found.path)
     if found.kind == "unknown":
         return InvalidRequest(f"{shortened(found.path)} is not a parameter that this model's engine takes", param=found.path)
     return InvalidRequest(f"{found.path}: {found.message}" if found.path else found.message, param=found.path or None)

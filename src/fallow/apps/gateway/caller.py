@@ -46,8 +46,8 @@ class Incoming:
         self.path: str = scope["path"]
         self.method: str = scope["method"]
         self._receive = receive
-        self._lines: list[tuple[bytes, bytes]] = scope["headers"]
-        self._headers: dict[bytes, bytes] = dict(self._lines)
+        self.lines: list[tuple[bytes, bytes]] = scope["headers"]
+        self._headers: dict[bytes, bytes] = dict(self.lines)
         self.is_read = not self._has_body()
 
     def header(self, name: bytes) -> bytes:
@@ -61,7 +61,7 @@ class Incoming:
         """How long the caller is willing to wait for a model to be loaded; raises InvalidRequest."""
         if b"prefer" not in self._headers:
             return None
-        seconds = prefer.wait_s([value for name, value in self._lines if name == b"prefer"])
+        seconds = prefer.wait_s([value for name, value in self.lines if name == b"prefer"])
         return None if seconds is None else seconds * 1000
 
     def _has_body(self) -> bool:

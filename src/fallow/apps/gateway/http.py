@@ -8,26 +8,21 @@ import msgspec
 
 from fallow.apps.gateway.caller import CallerGone, HttpCaller, Receive, Scope, Send
 from fallow.apps.gateway.calls import Calls
+from fallow.apps.gateway.demand import DemandCount
 from fallow.apps.gateway.history import History
 from fallow.apps.gateway.keys import Keys
 from fallow.apps.gateway.metrics import Metrics
+from fallow.apps.gateway.prices import PATH as PRICES
+from fallow.apps.gateway.prices import Prices
 from fallow.apps.gateway.roster import Roster
 from fallow.core.admit import admit_call
+from fallow.core.needs import needs_of
 from fallow.model.call import Call, Grant
 from fallow.model.errors import Failure, FallowError
 from fallow.model.ids import GatewayId
-from fallow.model.needs import Needs, ServiceTier
 from fallow.ports import Clock
 from fallow.wire import models_api, openai
 
-TIERS: dict[openai.Tier | openai.MessagesTier, ServiceTier] = {
-    "auto": "default",
-    "standard_only": "default",
-    "default": "default",
-    "scale": "default",
-    "flex": "flex",
-    "priority": "priority",
-}
 CLIENT_CLOSED = 499
 
 log = logging.getLogger("fallow.gateway")
@@ -47,6 +42,8 @@ class Api:
         clock: Clock,
         metrics: Metrics,
         country: str,
+        prices: Prices,
+        demand: DemandCount,
     ) -> None:
         self._gateway_id = gateway_id
         self._calls = calls
@@ -56,6 +53,8 @@ class Api:
         self._clock = clock
         self._metrics = metrics
         self._country = country
+        self._prices = prices
+        self._demand = demand
         self._bodies_bytes = 0
         self.calls_now = 0
         self.stopping = False
@@ -89,7 +88,7 @@ class Api:
         path, method = http.incoming.path, http.incoming.method
         if path in openai.HEADS:
             return await self._call(http, grant) if method == "POST" else await http.fail(_method(method, "POST"))
-        if path == openai.MODELS or path.startswith((openai.MODELS + "/", openai.CALLS + "/")):
+        if path in (openai.MODELS, PRICES) or path.startswith((openai.MODELS + "/", openai.CALLS + "/", PRICES + "/")):
             return await self._look_up(http, grant, path) if method == "GET" else await http.fail(_method(method, "GET"))
         return await http.fail(Failure(code="unknown_path", message=f"there is no {path[:200]}; see /openapi.json for what there is"))
 
@@ -98,6 +97,9 @@ class Api:
             return await http.reply(200, _json.encode(self._models(http)))
         if path.startswith(openai.CALLS):
             return await self._story(http, grant, path.removeprefix(openai.CALLS + "/"))
+        if path.startswith(PRICES):
+            found = await self._prices.answer(path)
+            return await (http.fail(found) if isinstance(found, Failure) else http.reply(200, found))
         return await self._model(http, path.removeprefix(openai.MODELS + "/"))
 
     async def _call(self, http: HttpCaller, grant: Grant) -> int:
@@ -114,7 +116,11 @@ class Api:
             self._bodies_bytes -= size - len(body)
             size = len(body)
             call = self._read(http, grant, body)
+            if isinstance(call, Failure):
+                return await http.fail(call)
+            self._demand.asked(call)
             http.outcome = outcome = await self._calls.run(call, body, http)
+            self._demand.ended(call, outcome, http.story)
             if outcome.failure is not None:
                 return await http.fail(outcome.failure)
             return CLIENT_CLOSED if outcome.left else http.status
@@ -122,16 +128,15 @@ class Api:
             self.calls_now -= 1
             self._bodies_bytes -= size
 
-    def _read(self, http: HttpCaller, grant: Grant, body: bytes) -> Call:
+    def _read(self, http: HttpCaller, grant: Grant, body: bytes) -> Call | Failure:
         head = openai.read_head(http.incoming.path, body)
         if http.story is not None:
             http.story.names(head.model)
-        needs = Needs(
-            model=head.model,
-            prompt_tokens=len(body) // openai.BYTES_PER_TOKEN,
-            output_tokens_max=head.output_tokens_max,
-            service_tier=TIERS[head.tier or "default"],
-        )
+        asked = openai.asked_of(head, len(body), http.incoming.lines)
+        arrived_at_ms = self._clock.wall_ms()
+        needs = needs_of(asked, grant.policy, now_ms=arrived_at_ms)
+        if isinstance(needs, Failure):
+            return needs
         return Call(
             id=http.call_id,
             org_id=grant.org_id,
@@ -141,7 +146,7 @@ class Api:
             stream=bool(head.stream),
             body_bytes=len(body),
             needs=needs,
-            arrived_at_ms=self._clock.wall_ms(),
+            arrived_at_ms=arrived_at_ms,
             country=self._country,
         )
 

@@ -13,11 +13,13 @@ from fallow.adapters.nats_bus import NatsBus
 from fallow.apps.gateway.admin import Admin, make_admin
 from fallow.apps.gateway.caller import Receive, Scope, Send
 from fallow.apps.gateway.calls import Calls
+from fallow.apps.gateway.demand import DemandCount
 from fallow.apps.gateway.exchange import Exchange
 from fallow.apps.gateway.history import History
 from fallow.apps.gateway.http import Api
 from fallow.apps.gateway.keys import Keys
 from fallow.apps.gateway.metrics import Metrics
+from fallow.apps.gateway.prices import Prices
 from fallow.apps.gateway.roster import Roster
 from fallow.apps.gateway.server import listen, make_server
 from fallow.apps.run import tell_ready
@@ -39,7 +41,9 @@ class Gateway:
         self.keys = Keys(bus, clock)
         self.calls = Calls(self.exchange, self.roster, clock, metrics)
         self.history = History(clock)
-        self.api = Api(gateway_id, self.calls, self.keys, self.roster, self.history, clock, metrics, country)
+        self.prices = Prices(bus)
+        self.demand = DemandCount(gateway_id, bus, clock)
+        self.api = Api(gateway_id, self.calls, self.keys, self.roster, self.history, clock, metrics, country, self.prices, self.demand)
         self._admin: Any = make_admin(Admin(self.exchange, self.roster, self.keys, bus, clock, metrics))
 
     async def app(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -52,10 +56,13 @@ class Gateway:
             self.calls.group = group
             await self.exchange.start()
             await self.roster.start()
+            await self.prices.start()
             self.bus.on_lost(self.roster.forget_all)
             sweep = group.create_task(self.exchange.sweep(self._refresh), name="sweep")
+            reports = group.create_task(self.demand.run(), name="demand")
             await until.wait()
             sweep.cancel()
+            reports.cancel()
 
     async def _refresh(self) -> None:
         self.history.forget_old()

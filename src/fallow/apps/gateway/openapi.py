@@ -1,13 +1,13 @@
 """The hot paths in the OpenAPI document: they aren't Litestar's, so they are added here, from the types that read them."""
 
 from collections import defaultdict
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import msgspec
 
-from fallow.apps.gateway import errors
+from fallow.apps.gateway import errors, prices
 from fallow.model.views import CallView
-from fallow.wire import messages_request, models_api, openai, responses_request
+from fallow.wire import messages_request, models_api, openai, responses_request, wishes
 from fallow.wire.chat_request import ChatRequest
 from fallow.wire.completions_api import CompletionRequest
 from fallow.wire.embeddings import EmbeddingsRequest
@@ -67,8 +67,10 @@ DOORS = (
     ),
     Door(openai.MODELS + "/{model}", "get", "One model", answered=(openai.Model, models_api.ModelInfo), envelopes=OURS + THEIRS),
     Door(openai.CALLS + "/{id}", "get", "What happened to a call", answered=(CallView,)),
+    Door(prices.PATH, "get", "What a million tokens go for", answered=(prices.PriceList,)),
+    Door(prices.PATH + "/{model}", "get", "One model's prices, and how they went", answered=(prices.ModelPrices,)),
 )
-_TYPES = list(dict.fromkeys(t for door in DOORS for t in (door.asked, *door.answered, *door.envelopes) if t is not None))
+_TYPES = list(dict.fromkeys(t for door in DOORS for t in (door.asked, *door.answered, *door.envelopes, wishes.Wishes) if t is not None))
 _LOOK_UP_CODES = ("invalid_api_key", "model_not_found", "call_not_found", "broker_lost", "gateway_stopping", "internal_error")
 _NOT_OF_A_CALL = ("call_not_found", "method_not_allowed")
 ANSWER_HEADERS = {
@@ -88,6 +90,25 @@ PREFER: dict[str, Any] = {
     "schema": {"type": "string"},
     "example": "wait=60",
 }
+NEEDS: tuple[dict[str, Any], ...] = (
+    *(
+        {
+            "name": header,
+            "in": "header",
+            "required": False,
+            "description": f"As `{wishes.OBJECT}.{name}`: {wishes.ABOUT[name]}" + ("; with commas between" if name in wishes.LISTS else ""),
+            "schema": {"type": "string"},
+        }
+        for header, name in wishes.HEADERS.items()
+    ),
+    {
+        "name": wishes.TIER_HEADER,
+        "in": "header",
+        "required": False,
+        "description": "As `service_tier` in OpenAI's bodies.",
+        "schema": {"enum": list(get_args(openai.Tier))},
+    },
+)
 ANTHROPIC_VERSION: dict[str, Any] = {
     "name": "anthropic-version",
     "in": "header",
@@ -102,10 +123,19 @@ def with_calls(schema: dict[str, Any]) -> dict[str, Any]:
     parts, components = msgspec.json.schema_components(_TYPES, ref_template=REFERENCE)
     by_type = dict(zip(_TYPES, parts, strict=True))
     full = {**schema, "paths": dict(schema.get("paths", {})), "components": dict(schema.get("components", {}))}
-    full["components"]["schemas"] = {**full["components"].get("schemas", {}), **_readable(components)}
+    full["components"]["schemas"] = {**full["components"].get("schemas", {}), **_readable(_with_wishes(components, by_type))}
     for door in DOORS:
         full["paths"].setdefault(door.path, {})[door.method] = _operation(door, by_type)
     return full
+
+
+def _with_wishes(components: dict[str, Any], by_type: dict[Any, Any]) -> dict[str, Any]:
+    """The same schemas with our object as the gateway reads it; the engines' readers only let it pass."""
+    found: dict[str, Any] = {}
+    for name, part in components.items():
+        fields = part.get("properties", {})
+        found[name] = {**part, "properties": {**fields, wishes.OBJECT: by_type[wishes.Wishes]}} if wishes.OBJECT in fields else part
+    return found
 
 
 def _readable(part: Any) -> Any:
@@ -136,7 +166,7 @@ def _operation(door: Door, by_type: dict[Any, Any]) -> dict[str, Any]:
     ]
     if door.asked is not None:
         operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": by_type[door.asked]}}}
-        parameters.append(PREFER)
+        parameters += (PREFER, *NEEDS)
     elif len(door.answered) > 1:
         parameters.append(ANTHROPIC_VERSION)
     if parameters:
