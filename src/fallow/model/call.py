@@ -22,6 +22,7 @@ class Call(msgspec.Struct, frozen=True, kw_only=True):
     needs: Needs
     arrived_at_ms: int
     country: str = COUNTRY_UNKNOWN
+    prefix: tuple[int, ...] = ()
 
 
 class Attempt(msgspec.Struct, frozen=True, kw_only=True):

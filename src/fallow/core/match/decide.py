@@ -1,21 +1,167 @@
-"""Where a call goes: the cheapest offer that can take it, soonest first among equals, or why none can."""
+"""Where a call goes: the offer that is likely to meet its needs at the least cost, or why there is none."""
 
+import math
 from collections.abc import Collection, Sequence
+from typing import NamedTuple
 
-from fallow.core.match.candidate import Candidate
-from fallow.core.match.explain import explain
-from fallow.core.match.filter import sieve
-from fallow.core.match.pick import pick
-from fallow.core.match.price import quote
+import numpy as np
+
+from fallow.core.match import explain, pick, survey
+from fallow.core.match.filter import RINGS
+from fallow.core.match.market import Market
+from fallow.core.match.price import rounded
+from fallow.core.match.survey import Look, Moment, Question
 from fallow.model.call import Call
 from fallow.model.ids import NodeId
-from fallow.model.quote import Place, Refuse
+from fallow.model.quote import Place, Quote, Refuse, Wait
+
+FLEX_RETRY_MS = 1_000
+FLEX_PATIENCE_S = 180.0
+FLEX_LEFT = 0.4
+"""A call that can wait does so for what it would choose if nothing was busy, so long and while so much of its time is left."""
+HOPE_MIN = 0.5
+"""Below this chance everywhere, a call that is late anyway goes where it is least late."""
+OTHERS_MAX = 3
+QUOTES_MAX = 20
 
 
-def match(call: Call, candidates: Sequence[Candidate], *, tried: Collection[NodeId], now_ms: int) -> Place | Refuse:
-    """Filter → predict → price → pick, or explain. `tried` are the nodes on which this call already failed."""
-    fit, stopped = sieve(call, candidates, tried=tried, now_ms=now_ms)
-    if not fit:
-        return explain(call, candidates, stopped)
-    best = pick([quote(call.needs, candidate) for candidate in fit])
-    return Place(node_id=best.node_id, quote=best, why="cheapest")
+def match(call: Call, market: Market, *, tried: Collection[NodeId] = (), now: Moment, attempt: int = 1) -> Place | Refuse | Wait:
+    """Filter → predict → price → pick, ring by ring; or explain. `tried` are the nodes on which this call already failed."""
+    luck = pick.draw(call.gateway_id, call.id, attempt)
+    questions = ask(call, market, tried=tried, now=now, trusts_cards=luck < pick.EXPLORE and not call.needs.strict)
+    looks: list[Look] = []
+    for ring in RINGS:
+        best = _cheapest([look for q in questions for look in _worth(survey.pool(q, ring), looks)])
+        if best is not None:
+            wait = _patience(call, looks, best, now)
+            return wait or _place(best, luck, looks)
+    return _second_best(call, market, questions, looks, now=now)
+
+
+def ask(call: Call, market: Market, *, tried: Collection[NodeId] = (), now: Moment, trusts_cards: bool = False) -> list[Question]:
+    """The call as a question to each shelf that could answer it: one for a model, several for a family."""
+    shelves = market.shelves(call.needs.model)
+    return [survey.question(call, market, shelf, tried=tried, now=now, trusts_cards=trusts_cards) for shelf in shelves]
+
+
+def quotes(call: Call, market: Market, *, now: Moment) -> tuple[tuple[Quote, ...], Refuse | None]:
+    """What each offer would cost and promise, the best first, and what stopped the others. Nothing is run."""
+    everything = [survey.everything(q) for q in ask(call, market, now=now)]
+    found: list[tuple[float, float, str, Quote]] = []
+    for look in everything:
+        possible = np.flatnonzero(look.codes == 0)
+        order = np.lexsort((look.score[possible], ~look.able[possible]))[:QUOTES_MAX]
+        for at in possible[order]:
+            quote = quote_of(look, int(at))
+            found.append((not look.able[at], float(look.score[at]), quote.node_id, quote))
+    found.sort(key=lambda one: one[:3])
+    refusal = explain.refuse(call, market, everything) if any((look.codes > 0).any() for look in everything) or not found else None
+    return tuple(quote for *_, quote in found[:QUOTES_MAX]), refusal
+
+
+class Best(NamedTuple):
+    """A look, and its row with the least score."""
+
+    look: Look
+    at: int
+    score: float
+
+
+def _worth(pool: survey.Pool, looks: list[Look]) -> list[Look]:
+    """The parts of a pool that are worth a look: none whose every offer costs more than the best so far."""
+    seen: list[Look] = []
+    least = math.inf
+    for look in pool:
+        seen.append(look)
+        looks.append(look)
+        if look.able.any():
+            least = min(least, float(look.score[look.able].min()))
+        if survey.floor(look) > least * (1.0 + pick.NEAR):
+            break
+    return seen
+
+
+def _cheapest(looks: Sequence[Look]) -> Best | None:
+    """The best able row; ties by id."""
+    best: Best | None = None
+    for look in looks:
+        if not look.able.any():
+            continue
+        scores = np.where(look.able, look.score, math.inf)
+        least = float(scores.min())
+        if best is None or least < best.score:
+            at = min(np.flatnonzero(scores == least), key=lambda at: look.node_id(int(at)))
+            best = Best(look, int(at), least)
+    return best
+
+
+def _place(best: Best, luck: float, looks: Sequence[Look]) -> Place:
+    look, able = best.look, sum(int(look.able.sum()) for look in looks)
+    at = pick.pick(look.score, look.able, look.times.first_s, look.node_id, luck=luck)
+    scores = np.where(look.able, look.score, math.inf)
+    scores[at] = math.inf
+    some = np.argpartition(scores, min(OTHERS_MAX, len(scores) - 1))[:OTHERS_MAX]
+    others = tuple(quote_of(look, int(one)) for one in some[np.argsort(scores[some])] if scores[one] < math.inf)
+    quote = quote_of(look, at)
+    return Place(node_id=quote.node_id, quote=quote, why=_why(look, able), able=able, others=others)
+
+
+def _why(look: Look, able: int) -> str:
+    least = "the quickest" if look.question.call.needs.prefer == "fast" else "the least expected cost"
+    return f"{least} of {able} offers that were likely to meet the call's needs" + (
+        "; one call in a hundred believes what nodes say of themselves" if look.question.trusts_cards else ""
+    )
+
+
+def _patience(call: Call, looks: Sequence[Look], best: Best, now: Moment) -> Wait | None:
+    """A flex call waits for a cheaper offer that is busy now."""
+    if call.needs.service_tier != "flex" or not _has_time(call, now):
+        return None
+    quiet = min(survey.least_when_quiet(look) for look in looks)
+    if best.score <= quiet * (1.0 + pick.NEAR):
+        return None
+    return Wait(for_ms=FLEX_RETRY_MS, why="a cheaper offer is busy now, and there is time")
+
+
+def _has_time(call: Call, now: Moment) -> bool:
+    waited_s = (now.wall_ms - call.arrived_at_ms) / 1000
+    deadline = call.needs.deadline_at_ms
+    left = math.inf if deadline is None else (deadline - now.wall_ms) / max(1, deadline - call.arrived_at_ms)
+    return waited_s < FLEX_PATIENCE_S and left > FLEX_LEFT
+
+
+def _second_best(call: Call, market: Market, questions: Sequence[Question], looks: Sequence[Look], *, now: Moment) -> Place | Refuse | Wait:
+    """Nothing is likely to meet the needs: a flex call waits, a strict one is refused, any other goes where it is least late."""
+    possible = [look for look in looks if (look.codes == 0).any()]
+    if call.needs.service_tier == "flex" and looks and _has_time(call, now):
+        return Wait(for_ms=FLEX_RETRY_MS, why="everything that could take the call is busy now")
+    if not possible:
+        return explain.refuse(call, market, [survey.everything(q) for q in questions])
+    hope = max(float(look.chances[look.codes == 0].max()) for look in possible)
+    found: list[tuple[float, NodeId, Look, int]] = []
+    for look in possible:
+        rank = look.score if hope >= HOPE_MIN and call.needs.prefer == "cheap" else survey.lateness(look)
+        ranks = np.where(look.codes == 0, rank, math.inf)
+        at = int(ranks.argmin())
+        found.append((float(ranks[at]), look.node_id(at), look, at))
+    _, node_id, look, at = min(found, key=lambda one: one[:2])
+    why = "no offer is likely to meet the call's needs; this one misses them least"
+    return Place(node_id=node_id, quote=quote_of(look, at), why=why, able=0)
+
+
+def quote_of(look: Look, at: int) -> Quote:
+    """An offer applied to the call's needs."""
+    t, shelf = look.times, look.question.shelf
+    return Quote(
+        node_id=look.node_id(at),
+        model=shelf.model,
+        hardware=look.question.kind_list[int(look.columns.kind[at])].hardware,
+        ring=RINGS[int(look.rings[at])],
+        region=look.question.kind_list[int(look.columns.kind[at])].region,
+        cost_max_micro=rounded(float(look.cost_max[at])),
+        cost_expected_micro=rounded(float(look.cost[at])),
+        first_token_in_ms=round(1000 * float(t.first_s[at])),
+        per_token_ms=round(1000 * float(t.step_s[at]), 3),
+        end_in_ms=round(1000 * float(t.first_s[at] + look.question.length.mean_tokens * t.step_s[at])),
+        chance=round(float(look.chances[at]), 4),
+    )

@@ -1,50 +1,118 @@
-"""Why no offer can take a call, and what would lift the limit."""
+"""Why no offer can take a call, and what would lift each limit."""
 
-from collections import Counter
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
 
 from fallow.core.admit import YIELDING_RETRY_AFTER_MS
-from fallow.core.match.candidate import Candidate
-from fallow.core.match.filter import LIMITS
+from fallow.core.match.filter import CODE, LIMITS
+from fallow.core.match.market import Market
+from fallow.core.match.survey import Look
 from fallow.model.call import Call
 from fallow.model.quote import Refuse, Stopped
 
 RETRY_AFTER_MS = 2_000
 """When a refusal may have lifted itself: the roster's heartbeat."""
+RETRY_AFTER_MS_MAX = 60_000
+NAMES_MAX = 6
+MICRO = 1e6
 
-LIFTED_BY = {
-    "no_nodes": "no machine is lending here now; start one with `fallow lend`",
-    "model_not_offered": "name one of the models that are offered",
+NO_NODES = "no machine is lending here now; start one with `fallow lend`"
+NOT_OFFERED = "name one of the models that are offered"
+Lift = Callable[[Sequence[Look], int], str]
+
+
+def _credits(micro: float) -> str:
+    """An amount in credits, short but not rounded to nothing."""
+    return f"{micro / MICRO:.6g}"
+
+
+def _least(looks: Sequence[Look], code: int, of: Callable[[Look], np.ndarray[tuple[int], np.dtype[np.float64]]]) -> float:
+    """The least value among the offers that a limit stopped."""
+    return min((float(of(look)[look.codes == code].min()) for look in looks if (look.codes == code).any()), default=math.inf)
+
+
+def _kinds(looks: Sequence[Look], code: int, what: str) -> str:
+    found = {
+        getattr(look.question.kind_list[int(kind)], what) for look in looks for kind in np.unique(look.columns.kind[look.codes == code])
+    }
+    return ", ".join(sorted(str(one) or "unknown" for one in found)[:NAMES_MAX])
+
+
+def _over_price(looks: Sequence[Look], code: int) -> str:
+    dearest = _least(looks, code, lambda look: look.columns.output_price * MICRO)
+    return f"raise max_price: the cheapest is {_credits(dearest)}"
+
+
+def _over_cost(looks: Sequence[Look], code: int) -> str:
+    cheapest = _least(looks, code, lambda look: look.cost_max)
+    return f"raise max_cost, or lower the limit of the answer's tokens: the cheapest is {_credits(cheapest)}"
+
+
+def _over_context(looks: Sequence[Look], code: int) -> str:
+    longest = -_least(looks, code, lambda look: -look.columns.context)
+    return f"shorten the prompt: the longest context is {longest:.0f} tokens"
+
+
+def _too_slow(looks: Sequence[Look], code: int) -> str:
+    first = _least(looks, code, lambda look: look.times.first_s)
+    step = _least(looks, code, lambda look: look.times.step_s)
+    chance = -_least(looks, code, lambda look: -look.chances)
+    return (
+        f"leave out strict, or allow more time: the first token can be expected after {first:.1f} s at the soonest, "
+        f"a token takes {1000 * step:.0f} ms at the least, and the best chance to meet all is {100 * chance:.0f} %"
+    )
+
+
+LIFTED_BY: dict[str, str | Lift] = {
     "path_not_offered": "the model is offered, but not for this endpoint",
-    "offer_expired": "the node must renew its offer",
+    "quantisation": lambda looks, code: f"allow another quantisation; offered: {_kinds(looks, code, 'quantisation')}",
     "ring": "the key must allow another ring, or a node of the call's own organisation must offer the model",
     "lender_refuses": "the lenders don't work for this organisation or country",
-    "region": "allow another region",
+    "region": lambda looks, code: f"allow another region; offered: {_kinds(looks, code, 'region')}",
+    "country": lambda looks, code: f"allow another country; offered in: {_kinds(looks, code, 'region')}",
     "hardware": "allow the other kind of hardware",
-    "isolation": "allow a lower isolation",
-    "over_price": "raise the price ceiling",
+    "isolation": lambda looks, code: f"allow a lower isolation; offered: {_kinds(looks, code, 'isolation')}",
+    "offer_expired": "the node must renew its offer",
+    "over_context": _over_context,
+    "over_price": _over_price,
+    "over_cost": _over_cost,
     "already_tried": "every node that offers the model was tried",
     "owner_is_back": "the owners need their machines now; try again later, or lend one more",
     "engine_failed": "the engine is being restarted; try again shortly",
     "busy": "all slots and queue places are taken; try again shortly",
+    "too_slow": _too_slow,
 }
 
 
-def _retry_after_ms(limit: str, soonest_ms: int | None) -> int:
-    """An owner stays for minutes; anything else may be over with the next heartbeat, or when a model is loaded."""
-    return YIELDING_RETRY_AFTER_MS if limit == "owner_is_back" else soonest_ms or RETRY_AFTER_MS
-
-
-def explain(call: Call, candidates: Sequence[Candidate], stopped: Counter[str]) -> Refuse:
-    """The limit that the most promising offer met (the last in the order of limits), with all counts."""
-    models = tuple(sorted({c.offer.model for c in candidates}))
-    counts = tuple(Stopped(limit=name, offers=stopped[name], lifted_by=LIFTED_BY[name]) for name, _ in LIMITS if stopped[name])
-    limit = counts[-1].limit if counts else "no_nodes"
-    soonest = min((c.load.ready_in_ms for c in candidates if c.load.ready_in_ms and c.offer.model == call.needs.model), default=None)
+def refuse(call: Call, market: Market, looks: Sequence[Look]) -> Refuse:
+    """The limit that the most promising offer met (the last in the order of limits), with all counts. `looks` are at everything."""
+    models = market.models()
+    if not looks:
+        limit, lifted = ("model_not_offered", NOT_OFFERED) if models else ("no_nodes", NO_NODES)
+        return Refuse(limit=limit, lifted_by=lifted, models=models, retry_after_ms=None if models else RETRY_AFTER_MS)
+    counts = sum(np.bincount(np.maximum(look.codes, 0), minlength=len(LIMITS) + 1) for look in looks)
+    assert not isinstance(counts, int), "there is a look"
+    stopped = tuple(_stopped(name, int(counts[CODE[name]]), looks) for name in LIMITS if counts[CODE[name]])
+    if not stopped:
+        return Refuse(limit="no_nodes", lifted_by=NO_NODES, retry_after_ms=RETRY_AFTER_MS)
+    last = stopped[-1]
     return Refuse(
-        limit=limit,
-        lifted_by=LIFTED_BY[limit],
-        stopped=counts,
-        models=models,
-        retry_after_ms=None if limit == "model_not_offered" else _retry_after_ms(limit, soonest),
+        limit=last.limit, lifted_by=last.lifted_by, stopped=stopped, models=models, retry_after_ms=_retry_after_ms(last.limit, looks)
     )
+
+
+def _stopped(limit: str, offers: int, looks: Sequence[Look]) -> Stopped:
+    lift = LIFTED_BY[limit]
+    return Stopped(limit=limit, offers=offers, lifted_by=lift if isinstance(lift, str) else lift(looks, CODE[limit]))
+
+
+def _retry_after_ms(limit: str, looks: Sequence[Look]) -> int:
+    """An owner stays for minutes; a queue has moved when the next first token is expected; anything else may be over with a heartbeat."""
+    if limit == "owner_is_back":
+        return YIELDING_RETRY_AFTER_MS
+    if limit == "busy":
+        soonest = 1000 * _least(looks, CODE["busy"], lambda look: look.times.first_s)
+        return int(min(RETRY_AFTER_MS_MAX, max(RETRY_AFTER_MS, soonest)))
+    return RETRY_AFTER_MS

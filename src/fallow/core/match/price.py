@@ -1,29 +1,33 @@
-"""What a call costs at most on an offer."""
+"""What a call costs on each offer: what is expected, and the most, which is what a quote promises."""
 
-from fallow.core.match.candidate import Candidate
-from fallow.core.match.predict import predict
-from fallow.model.needs import Needs
-from fallow.model.quote import Quote
+import math
+
+from fallow.core.match.columns import Columns, Floats
+from fallow.core.match.predict import Times
 
 MUNIT = 1_000_000
+PROMPT_MARGIN = 1.5
+"""A prompt is estimated from its bytes; a quote covers one that has so many times the tokens. Nothing above a quote is charged."""
 
 
-def quote(needs: Needs, candidate: Candidate) -> Quote:
-    """The offer applied to the needs. The cost is rounded up: it is a ceiling."""
-    times = predict(needs, candidate)
-    price = candidate.offer.price
-    output = needs.output_tokens_max if needs.output_tokens_max is not None else candidate.offer.context_tokens
-    total = needs.prompt_tokens * price.prompt_micro_per_munit + output * price.output_micro_per_munit
-    return Quote(
-        node_id=candidate.offer.node_id,
-        model=candidate.offer.model,
-        hardware=candidate.card.hardware.kind,
-        ring="market",
-        region=candidate.card.region,
-        cost_max_micro=-(-total // MUNIT),
-        cost_expected_micro=-(-total // MUNIT),
-        first_token_in_ms=times.first_token_in_ms,
-        per_token_ms=0.0,
-        end_in_ms=times.end_in_ms,
-        chance=times.certainty,
-    )
+def expected(c: Columns, *, prompt: float, warm: Floats | float, output: float) -> Floats:
+    """Micro-credits that the call will probably cost."""
+    return c.prompt_price * (prompt - warm) + c.cached_price * warm + c.output_price * output
+
+
+def most(c: Columns, *, prompt: float, limit: Floats | float) -> Floats:
+    """Micro-credits that the call can cost at most, if nothing is cached and the answer is as long as it can be."""
+    return c.prompt_price * (PROMPT_MARGIN * prompt) + c.output_price * limit
+
+
+def work_s(c: Columns, t: Times, *, output: float) -> Floats:
+    """Seconds of the whole machine that the call takes: what it reads alone, and its part of steps shared with others.
+
+    A stream's part of a step with m streams is slope + (1 - slope) / m; m is taken as the slots, as on a busy machine.
+    """
+    return t.read_s + output / c.decode * (c.slope + (1.0 - c.slope) / c.slots)
+
+
+def rounded(cost: float) -> int:
+    """A ceiling in whole micro-credits."""
+    return math.ceil(cost - 1e-6)

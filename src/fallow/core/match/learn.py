@@ -1,0 +1,92 @@
+"""What an answer tells about the offer that gave it: its speeds are corrected, and how far they can be trusted."""
+
+import math
+from typing import NamedTuple
+
+from fallow.core.match.columns import Columns
+from fallow.core.match.predict import FORGET_S, SHARE
+
+RATE = 0.1
+"""How far a correction goes towards what was just seen; a surprise beyond SURPRISE goes half of the way."""
+SURPRISE = 1.2
+SURPRISE_RATE = 0.5
+VAR_RATE = 0.05
+STEP_MOST = 3.5
+"""No single answer says more than a factor of 33."""
+PREFILL_VAR_MEASURED, PREFILL_VAR_GUESSED = 0.0064, 0.25
+DECODE_VAR_MEASURED, DECODE_VAR_GUESSED = 0.04, 0.25
+VAR_MIN, VAR_MAX = 0.0009, 1.0
+READ_S_MIN = 0.005
+STEPS_MIN = 8
+"""Shorter answers say little about the time of a token."""
+OVERDUE = 3.0
+"""A prompt that takes so many times longer than expected is evidence before it ends."""
+
+
+class Reading(NamedTuple):
+    """A prompt that was read without waiting: its uncached tokens, the seconds it took, and whether others were being answered."""
+
+    tokens: float
+    took_s: float
+    shared: bool
+
+
+class Writing(NamedTuple):
+    """An answer that was written: seconds per token, and how many streams there were when it began."""
+
+    step_s: float
+    streams: float
+
+
+def _clipped(value: float) -> float:
+    return max(-STEP_MOST, min(STEP_MOST, value))
+
+
+def _corrected(known: float, seen: float) -> float:
+    return known + (SURPRISE_RATE if abs(seen) > SURPRISE else RATE) * seen
+
+
+def _variance(known: float, seen: float) -> float:
+    return max(VAR_MIN, min(VAR_MAX, known + VAR_RATE * (min(seen * seen, VAR_MAX) - known)))
+
+
+def _faded(c: Columns, row: int, now_s: float) -> float:
+    """What is left of earlier corrections."""
+    return math.exp(min(0.0, (c.seen_s[row] - now_s) / FORGET_S))
+
+
+def learn_reading(c: Columns, row: int, reading: Reading, *, now_s: float) -> None:
+    """A prompt was read."""
+    if reading.took_s < READ_S_MIN:
+        return
+    fade = _faded(c, row, now_s)
+    known = c.prefill_log[row] * fade
+    rate = c.prefill[row] * math.exp(known) * (SHARE if reading.shared else 1.0)
+    seen = _clipped(math.log(max(1e-9, reading.tokens / reading.took_s) / rate))
+    c.prefill_log[row] = _corrected(known, seen)
+    c.prefill_var[row] = _variance(c.prefill_var[row], seen)
+    c.decode_log[row] *= fade
+    c.seen_s[row] = now_s
+
+
+def learn_writing(c: Columns, row: int, writing: Writing, *, now_s: float) -> None:
+    """An answer came to its end."""
+    fade = _faded(c, row, now_s)
+    known = c.decode_log[row] * fade
+    expected = (1.0 + c.slope[row] * (writing.streams - 1.0)) / (c.decode[row] * math.exp(known))
+    seen = _clipped(math.log(expected / max(1e-9, writing.step_s)))
+    c.decode_log[row] = _corrected(known, seen)
+    c.decode_var[row] = _variance(c.decode_var[row], seen)
+    c.prefill_log[row] *= fade
+    c.seen_s[row] = now_s
+
+
+def learn_overdue(c: Columns, row: int, *, tokens: float, waited_s: float, now_s: float) -> None:
+    """A prompt is being read for so long already: the machine is no faster than that."""
+    fade = _faded(c, row, now_s)
+    known = c.prefill_log[row] * fade
+    rate = SHARE * c.prefill[row] * math.exp(known)
+    if waited_s > OVERDUE * tokens / rate + 1.0:
+        c.prefill_log[row] = max(known - STEP_MOST, math.log(max(1e-9, tokens / waited_s) / (SHARE * c.prefill[row])))
+        c.decode_log[row] *= fade
+        c.seen_s[row] = now_s

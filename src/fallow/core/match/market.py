@@ -1,0 +1,238 @@
+"""All that a gateway knows of offers: a shelf for each model, what it learnt of answers, and what its calls are doing."""
+
+from collections import OrderedDict, defaultdict
+from collections.abc import Mapping
+
+import numpy as np
+
+from fallow.core import prefix
+from fallow.core.match.columns import Codes, Floats
+from fallow.core.match.filter import CODE, Kind, Sought, kind_of, serve_mask, stopped_by
+from fallow.core.match.lengths import Lengths
+from fallow.core.match.rent import Wanted
+from fallow.core.match.shelf import Booking, Row, Shelf
+from fallow.model.call import Call
+from fallow.model.card import Card
+from fallow.model.ids import KeyId, NodeId, OrgId
+from fallow.model.offer import Load, Offer
+from fallow.model.owner import WORKING, State
+from fallow.model.quote import Quote
+from fallow.model.receipt import Usage
+
+FILTERS_MAX = 512
+"""Outcomes of the filter that are remembered: most calls of a key have the same."""
+WARM_KEYS_MAX = 4_096
+WARM_NODES_MAX = 8
+"""Per key and model, the nodes whose engines may still know the beginning of a prompt."""
+KEYS_MAX = 4_096
+PROMPT_RATE = 0.1
+PROMPT_FACTOR_MIN, PROMPT_FACTOR_MAX = 0.1, 10.0
+
+KeyModel = tuple[KeyId, str]
+
+
+class Market:
+    """The offers that are there. Nothing here looks at a clock: every event says when it happened, in seconds."""
+
+    def __init__(self) -> None:
+        self.lengths = Lengths()
+        self._shelves: dict[str, Shelf] = {}
+        self._families: defaultdict[str, dict[str, None]] = defaultdict(dict)
+        self._offered: dict[NodeId, dict[str, Offer]] = {}
+        self._kinds: dict[Kind, int] = {}
+        self.kinds: list[Kind] = []
+        """By number; numbers never change."""
+        self._orgs: dict[OrgId, int] = {}
+        self._org_names: list[OrgId] = []
+        self._outcomes: OrderedDict[Sought, Codes] = OrderedDict()
+        self._bookings: dict[str, Booking] = {}
+        self._warm: OrderedDict[KeyModel, OrderedDict[NodeId, prefix.Blocks]] = OrderedDict()
+        self._prompts: OrderedDict[KeyModel, float] = OrderedDict()
+
+    # offers
+    def put(self, card: Card, offer: Offer, load: Load, state: State, *, expires_s: float, now_s: float, rtt_s: float = 0.0) -> None:
+        """What a node said of one of its offers, the first time and each time after."""
+        node_id = card.node_id
+        mine = self._offered.setdefault(node_id, {})
+        if mine.get(offer.model) is None and offer.family:
+            self._families[offer.family][offer.model] = None
+        mine[offer.model] = offer
+        shelf = self._shelves.get(offer.model)
+        if shelf is None:
+            shelf = self._shelves[offer.model] = Shelf(offer.model)
+        stop = CODE["owner_is_back"] if state not in WORKING else CODE["engine_failed"] if load.readiness == "failed" else 0
+        row = Row(
+            offer=offer,
+            load=load,
+            kind=self._kind(kind_of(card, offer)),
+            org=self.org(card.org_id),
+            serves=serve_mask(card.serves),
+            stop=stop,
+            expires_s=expires_s,
+            rtt_s=rtt_s,
+        )
+        shelf.put(node_id, row, now_s=now_s)
+
+    def drop(self, node_id: NodeId, keep: Mapping[str, object] = {}) -> None:
+        """The node is gone, or has no offers any more but those to keep."""
+        mine = self._offered.get(node_id, {})
+        for model in [model for model in mine if model not in keep]:
+            offer = mine.pop(model)
+            shelf = self._shelves[model]
+            shelf.drop(node_id)
+            if not len(shelf) and not shelf.bookings:
+                del self._shelves[model]
+                if offer.family:
+                    self._families[offer.family].pop(model, None)
+        if not mine:
+            self._offered.pop(node_id, None)
+
+    def heard(self, node_id: NodeId, model: str, *, running: int, now_s: float) -> None:
+        """A heartbeat told how many calls an offer runs."""
+        shelf = self._shelves.get(model)
+        if shelf is not None:
+            shelf.heard(node_id, running=running, ours=len(shelf.bookings.get(node_id, ())), now_s=now_s)
+
+    def offer(self, node_id: NodeId, model: str) -> Offer | None:
+        return self._offered.get(node_id, {}).get(model)
+
+    def models(self) -> tuple[str, ...]:
+        return tuple(sorted(name for name, shelf in self._shelves.items() if len(shelf)))
+
+    def shelves(self, model: str) -> list[Shelf]:
+        """The shelf of a model, or those of a family."""
+        shelf = self._shelves.get(model)
+        names = self._families.get(model)
+        if names is None:
+            return [shelf] if shelf is not None and len(shelf) else []
+        found = {model: shelf} if shelf is not None else {}
+        found.update({name: self._shelves[name] for name in sorted(names)})
+        return [one for one in found.values() if one is not None and len(one)]
+
+    def _kind(self, kind: Kind) -> int:
+        number = self._kinds.get(kind)
+        if number is None:
+            number = self._kinds[kind] = len(self.kinds)
+            self.kinds.append(kind)
+        return number
+
+    def org(self, org_id: OrgId) -> int:
+        """An organisation's number; numbers are compared faster than names."""
+        number = self._orgs.get(org_id)
+        if number is None:
+            number = self._orgs[org_id] = len(self._org_names)
+            self._org_names.append(org_id)
+        return number
+
+    def outcomes(self, sought: Sought) -> Codes:
+        """What stops offers of each kind; see filter.stopped_by."""
+        known = self._outcomes.get(sought)
+        have = 0 if known is None else len(known)
+        if known is None or have < len(self.kinds):
+            more = np.array([stopped_by(sought, kind) for kind in self.kinds[have:]], np.intp)
+            known = more if known is None else np.concatenate([known, more])
+            self._outcomes[sought] = known
+            if len(self._outcomes) > FILTERS_MAX:
+                self._outcomes.popitem(last=False)
+        return known
+
+    # calls
+    def prompt_tokens(self, call: Call) -> float:
+        """The prompt's length, from its bytes and from how earlier prompts of the key turned out."""
+        return max(1.0, call.needs.prompt_tokens * self._prompts.get((call.key_id, call.needs.model), 1.0))
+
+    def warm(self, call: Call, shelf: Shelf, prompt: float) -> dict[int, float]:
+        """By row, how many of the prompt's tokens an engine probably still knows from this key."""
+        known = self._warm.get((call.key_id, shelf.model))
+        if not known or not call.prefix or not call.body_bytes:
+            return {}
+        found = {}
+        for node_id, blocks in known.items():
+            row = shelf.row_of.get(node_id)
+            same = prefix.common(blocks, call.prefix) if row is not None else 0
+            if row is not None and same:
+                found[row] = min(prompt - 1.0, prompt * same * prefix.BLOCK_BYTES / call.body_bytes)
+        return found
+
+    def asked(self, call: Call, wanted: Wanted, *, now_s: float) -> None:
+        """A call came; the demand counts it once, however often it is tried."""
+        for shelf in self.shelves(call.needs.model)[:1]:
+            shelf.wants(wanted, now_s=now_s)
+
+    def began(self, booking_id: str, call: Call, quote: Quote, *, now_s: float) -> None:
+        """The call was sent to the node that was chosen."""
+        shelf = self._shelves.get(quote.model)
+        row = None if shelf is None else shelf.row_of.get(quote.node_id)
+        if shelf is None or row is None:
+            return
+        prompt = self.prompt_tokens(call) - self.warm(call, shelf, self.prompt_tokens(call)).get(row, 0.0)
+        length = self.lengths.expected(call.key_id, quote.model, limit=call.needs.output_tokens_max)
+        held = shelf.held(row)
+        booking = Booking(
+            node_id=quote.node_id,
+            model=quote.model,
+            prompt=prompt,
+            output=length.mean_tokens,
+            began_s=now_s,
+            streams=min(float(shelf.columns.slots[row]), held + 1.0),
+            waits=held >= shelf.columns.slots[row],
+            end_s=now_s + quote.end_in_ms / 1000,
+        )
+        self._bookings[booking_id] = booking
+        shelf.book(booking_id, booking)
+        if call.prefix:
+            known = self._warm.setdefault((call.key_id, quote.model), OrderedDict())
+            known[quote.node_id] = call.prefix
+            known.move_to_end(quote.node_id)
+            self._warm.move_to_end((call.key_id, quote.model))
+            while len(known) > WARM_NODES_MAX:
+                known.popitem(last=False)
+            while len(self._warm) > WARM_KEYS_MAX:
+                self._warm.popitem(last=False)
+
+    def first(self, booking_id: str, *, now_s: float) -> None:
+        """The first token came."""
+        booking = self._bookings.get(booking_id)
+        shelf = None if booking is None else self._shelves.get(booking.model)
+        if booking is not None and shelf is not None and booking.first_s is None:
+            shelf.first(booking, now_s=now_s)
+
+    def ended(self, booking_id: str, call: Call, usage: Usage | None, *, now_s: float) -> None:
+        """The call is over on the node; `usage` is None if it came to nothing there."""
+        booking = self._bookings.pop(booking_id, None)
+        if booking is None:
+            return
+        tokens = None if usage is None else usage.output_tokens
+        shelf = self._shelves.get(booking.model)
+        if shelf is not None:
+            shelf.end(booking_id, booking, tokens=tokens, now_s=now_s)
+        if usage is not None:
+            self._learn_lengths(call, booking.model, usage)
+
+    def _learn_lengths(self, call: Call, model: str, usage: Usage) -> None:
+        if usage.output_tokens:
+            self.lengths.learn(call.key_id, model, limit=call.needs.output_tokens_max, tokens=usage.output_tokens)
+        if usage.prompt_tokens and call.needs.prompt_tokens:
+            name = (call.key_id, call.needs.model)
+            known = self._prompts.get(name, 1.0)
+            seen = min(PROMPT_FACTOR_MAX, max(PROMPT_FACTOR_MIN, usage.prompt_tokens / call.needs.prompt_tokens))
+            self._prompts[name] = known * (seen / known) ** PROMPT_RATE
+            self._prompts.move_to_end(name)
+            if len(self._prompts) > KEYS_MAX:
+                self._prompts.popitem(last=False)
+
+    def refresh(self, *, now_s: float) -> None:
+        """Once a second or so: keep the shelves in order, and see what is overdue and what is scarce."""
+        for shelf in self._shelves.values():
+            shelf.refresh(now_s=now_s)
+
+
+def warm_column(warm: dict[int, float], begin: int, end: int) -> Floats | float:
+    """The warm tokens of the rows of a part."""
+    within = {row: tokens for row, tokens in warm.items() if begin <= row < end}
+    if not within:
+        return 0.0
+    column = np.zeros(end - begin)
+    for row, tokens in within.items():
+        column[row - begin] = tokens
+    return column

@@ -1,0 +1,231 @@
+"""A look at the offers of a shelf for one call: what stops each, when it would answer, how sure that is, what it costs."""
+
+import math
+from collections.abc import Collection, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from fallow.core.match import pick, predict, price
+from fallow.core.match.columns import Codes, Columns, Flags, Floats
+from fallow.core.match.filter import CODE, Ask, Kind, codes, rings_of, sought_by
+from fallow.core.match.lengths import Length
+from fallow.core.match.market import Market, warm_column
+from fallow.core.match.predict import Targets, Times
+from fallow.core.match.price import MUNIT
+from fallow.core.match.rent import Wanted
+from fallow.core.match.shelf import GONE, PARTS, Shelf
+from fallow.model.call import Call
+from fallow.model.ids import NodeId
+from fallow.model.needs import Ring
+
+MISS_FACTOR = 4.0
+"""A call that misses its needs is worth nothing and is bought again, at worst at so many times the dearest offer's price."""
+FLEX_QUEUE_S = 2.0
+"""A call that can wait doesn't stand in the way of others: it goes where little is queued."""
+
+
+NOTHING = Length(0.0, np.ones(1))
+"""The answer of what embeds or ranks: it is there as soon as the prompt is read."""
+
+
+class Moment(NamedTuple):
+    """Now: by the wall for deadlines, and by a clock that never jumps for everything else."""
+
+    wall_ms: int
+    at_s: float
+
+
+Pool = Iterator["Look"]
+
+
+class Question(NamedTuple):
+    """What is asked of every offer of a shelf."""
+
+    call: Call
+    shelf: Shelf
+    kinds: Codes
+    kind_list: Sequence[Kind]
+    own: int
+    partners: frozenset[int]
+    prompt: float
+    length: Length
+    limit: float
+    targets: Targets
+    warm: dict[int, float]
+    tried: frozenset[int]
+    miss: float
+    now_s: float
+    trusts_cards: bool
+
+
+class Look(NamedTuple):
+    """Some rows of a shelf as the call sees them; `rows` are their places on the shelf."""
+
+    question: Question
+    columns: Columns
+    rows: Codes
+    rings: Codes
+    codes: Codes
+    times: Times
+    chances: Floats
+    cost: Floats
+    cost_max: Floats
+    score: Floats
+    able: Flags
+
+    def node_id(self, at: int) -> NodeId:
+        return self.question.shelf.nodes[int(self.rows[at])]
+
+
+def targets_of(call: Call, now: Moment, *, writes: bool) -> Targets:
+    """The targets in seconds from now."""
+    needs, waited_s = call.needs, (now.wall_ms - call.arrived_at_ms) / 1000
+    return Targets(
+        math.inf if needs.first_token_within_ms is None else needs.first_token_within_ms / 1000 - waited_s,
+        math.inf if needs.per_token_within_ms is None or not writes else needs.per_token_within_ms / 1000,
+        math.inf if needs.deadline_at_ms is None else (needs.deadline_at_ms - now.wall_ms) / 1000,
+    )
+
+
+def question(call: Call, market: Market, shelf: Shelf, *, tried: Collection[NodeId], now: Moment, trusts_cards: bool = False) -> Question:
+    """The call put as a question to the offers of a shelf."""
+    needs = call.needs
+    prompt = market.prompt_tokens(call)
+    length = market.lengths.expected(call.key_id, shelf.model, limit=needs.output_tokens_max) if shelf.writes else NOTHING
+    limit = math.inf if needs.output_tokens_max is None else float(needs.output_tokens_max)
+    return Question(
+        call=call,
+        shelf=shelf,
+        kinds=market.outcomes(sought_by(call)),
+        kind_list=market.kinds,
+        own=market.org(call.org_id),
+        partners=frozenset(market.org(org) for org in needs.partners),
+        prompt=prompt,
+        length=length,
+        limit=limit if shelf.writes else 0.0,
+        targets=targets_of(call, now, writes=shelf.writes),
+        warm=market.warm(call, shelf, prompt),
+        tried=frozenset(row for node_id in tried if (row := shelf.row_of.get(node_id)) is not None),
+        miss=MISS_FACTOR * (shelf.dear_prompt * prompt + shelf.dear_output * length.mean_tokens),
+        now_s=now.at_s,
+        trusts_cards=trusts_cards,
+    )
+
+
+def wanted(call: Call, market: Market, now: Moment) -> Wanted | None:
+    """The call as demand; None if nobody offers the model."""
+    for shelf in market.shelves(call.needs.model):
+        q = question(call, market, shelf, tried=(), now=now)
+        patient = call.needs.service_tier == "flex"
+        first_s, per_token_s = (math.inf, math.inf) if patient else (q.targets.first_s, q.targets.per_token_s)
+        return Wanted(q.prompt, q.length.mean_tokens, first_s, per_token_s, q.miss)
+    return None
+
+
+def look(q: Question, c: Columns, rows: Codes, warm: Floats | float) -> Look:
+    """Ask the question of these rows."""
+    needs = q.call.needs
+    output = q.length.mean_tokens
+    t = predict.times(c, prompt=q.prompt, warm=warm, output_mean=output, now_s=q.now_s, trusts_cards=q.trusts_cards)
+    chances = predict.chance(t, q.targets, q.length, limit=q.limit)
+    cost = price.expected(c, prompt=q.prompt, warm=warm, output=output)
+    limit = np.maximum(0.0, c.context - q.prompt) if q.limit == math.inf else q.limit
+    cost_max = price.most(c, prompt=q.prompt, limit=limit)
+    rings = rings_of(c, own=q.own, partners=q.partners)
+    ask = Ask(
+        rings=needs.rings,
+        tokens=q.prompt,
+        output_price_max=None if needs.price_max_micro_per_munit is None else needs.price_max_micro_per_munit / MUNIT,
+        cost_max=None if needs.cost_max_micro is None else float(needs.cost_max_micro),
+        tried=[int(at) for row in q.tried for at in np.flatnonzero(rows == row)],
+        now_s=q.now_s,
+    )
+    found = codes(c, q.kinds, rings, cost_max, ask)
+    able = (found == 0) & (chances >= pick.CHANCE_MIN)
+    if needs.service_tier == "flex":
+        able &= (t.queue_s < FLEX_QUEUE_S) & (c.streams + c.reading + c.others < c.slots)
+    if needs.strict:
+        found[(found == 0) & ~able] = CODE["too_slow"]
+    if needs.prefer == "fast":
+        score = t.first_s + output * t.step_s
+    else:
+        score = cost + (1.0 - chances) * q.miss + c.rent * price.work_s(c, t, output=output)
+    return Look(q, c, rows, rings, found, t, chances, cost, cost_max, score, able)
+
+
+def pool(q: Question, ring: Ring) -> Iterator[Look]:
+    """The offers of a ring, the cheapest first: the next part is looked at only when it is asked for."""
+    shelf, columns = q.shelf, q.shelf.columns
+    if ring not in q.call.needs.rings:
+        return
+    if ring == "market":
+        yield from _parts(q)
+        return
+    orgs = [org for org in ((q.own,) if ring == "own" else q.partners - {q.own}) if org in shelf.orgs]
+    if orgs:
+        count = len(shelf.nodes)
+        mine = np.isin(columns.org[:count], orgs) if len(orgs) > 1 else columns.org[:count] == orgs[0]
+        yield _picked(q, np.flatnonzero(mine & (columns.stop[:count] != GONE)))
+
+
+def _picked(q: Question, rows: Codes) -> Look:
+    warm: Floats | float = np.array([q.warm.get(int(row), 0.0) for row in rows]) if q.warm else 0.0
+    return look(q, q.shelf.columns.rows(rows), rows, warm)
+
+
+def _parts(q: Question) -> Iterator[Look]:
+    """Newcomers, then the rows in their order; see `floor` for when the rest can't be better."""
+    shelf = q.shelf
+    count, ordered = len(shelf.nodes), shelf.ordered
+    if q.call.needs.prefer == "fast" and len(shelf.quick) and ordered > PARTS[0]:
+        yield _picked(q, shelf.quick)
+    begin, size = (ordered, count - ordered) if count > ordered else (0, 0)
+    if size:
+        yield _part(q, begin, count)
+    begin = 0
+    for end in (*PARTS, *(4 * PARTS[-1] * 4**more for more in range(16))):
+        if begin >= ordered:
+            return
+        yield _part(q, begin, min(end, ordered))
+        begin = end
+
+
+def _part(q: Question, begin: int, end: int) -> Look:
+    return look(q, q.shelf.columns.part(begin, end), np.arange(begin, end), warm_column(q.warm, begin, end))
+
+
+def floor(look: Look) -> float:
+    """The least that a call can cost beyond the rows that were just looked at; infinite if these were the last."""
+    q = look.question
+    shelf, begin, end = q.shelf, int(look.rows[0]), int(look.rows[-1]) + 1
+    if q.call.needs.prefer == "fast" and len(look.rows) != len(shelf.quick):
+        return 0.0
+    if begin >= shelf.ordered or end - begin != len(look.rows):  # newcomers, or rows of a ring: they come before the rest
+        return 0.0
+    if end >= shelf.ordered:
+        return math.inf
+    return float(shelf.cheapest_prompt[end] * q.prompt + shelf.columns.output_price[end] * q.length.mean_tokens)
+
+
+def least_when_quiet(look: Look) -> float:
+    """The least that an offer would cost if it had nothing else to do; infinite if none is possible."""
+    q = look.question
+    possible = (look.codes == 0) | (look.codes == CODE["busy"]) | (look.codes == CODE["too_slow"])
+    if not possible.any():
+        return math.inf
+    work = price.work_s(look.columns, look.times, output=q.length.mean_tokens)
+    return float((look.cost + look.columns.rent * work)[possible].min())
+
+
+def lateness(look: Look) -> Floats:
+    """How many times longer than it should each offer takes, at the worst of the call's targets."""
+    targets, t = look.question.targets, look.times
+    end = t.first_s + look.question.length.mean_tokens * t.step_s
+    late = np.maximum(t.first_s / max(1e-3, targets.first_s), t.step_s / max(1e-6, targets.per_token_s))
+    return np.maximum(np.maximum(late, end / max(1e-3, targets.end_s)), 1e-9 * end)
+
+
+def everything(q: Question) -> Look:
+    """All offers of the shelf at once, whatever ring they are in."""
+    return _picked(q, np.flatnonzero(q.shelf.columns.stop[: len(q.shelf.nodes)] != GONE))
