@@ -87,7 +87,7 @@ def offer_of(node_id: str, *, model: str = MODEL, slots: int = 2, speed: Speed |
         node_id=NodeId(node_id),
         model=model,
         paths=frozenset({CHAT, COMPLETIONS}),
-        context_tokens=2048,
+        context_tokens=2_000_000,
         model_digest="",
         speed=speed or Speed(),
         price=Price(),
@@ -409,7 +409,7 @@ class Network:
         return node
 
     async def knows(self, *node_ids: str) -> None:
-        await until(lambda: set(node_ids) <= {c.offer.node_id for c in self.gateway.roster.candidates()}, what=f"{node_ids} on the roster")
+        await until(lambda: set(node_ids) <= {offer.node_id for offer in self.gateway.roster.offers()}, what=f"{node_ids} on the roster")
 
     def ask(
         self,

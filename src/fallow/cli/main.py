@@ -237,6 +237,47 @@ def prices(
 
 
 @app.command()
+def quote(
+    text: Annotated[str, typer.Argument(help="What would be said.")],
+    model: Annotated[str, typer.Option("--model", metavar="NAME", help="[default: the first that is offered]")] = "",
+    max_tokens: Annotated[int | None, typer.Option("--max-tokens", help="The longest answer.")] = None,
+    deadline: Annotated[float | None, typer.Option("--deadline", metavar="S", help="Seconds until the whole answer is there.")] = None,
+    first_token: Annotated[int | None, typer.Option("--first-token", metavar="MS", help="Milliseconds until the first token.")] = None,
+    max_cost: Annotated[float | None, typer.Option("--max-cost", metavar="CREDITS", help="The most that it may cost.")] = None,
+    rings: Annotated[str | None, typer.Option("--rings", metavar="LIST", help="Whose nodes: own, partner, market.")] = None,
+    prefer: Annotated[str | None, typer.Option("--prefer", metavar="WHAT", help="cheap or fast.")] = None,
+    tier: Annotated[str, typer.Option("--tier", metavar="NAME", help="flex, default or priority.")] = "",
+    data: Data = None,
+    base_url: BaseUrl = "",
+    as_json: AsJson = False,
+) -> None:
+    """Show what a call would cost, where it could run, and what stops the other offers; nothing is run. Exit code 1 if nothing can."""
+    from fallow.cli import quote
+
+    wishes = {
+        "deadline_s": deadline,
+        "first_token_ms": first_token,
+        "max_cost": max_cost,
+        "rings": None if rings is None else [ring.strip() for ring in rings.split(",")],
+        "prefer": prefer,
+    }
+    sys.exit(quote.quote(data, base_url, text, model=model, max_tokens=max_tokens, wishes=wishes, tier=tier, as_json=as_json))
+
+
+@app.command()
+def why(
+    call: Annotated[str, typer.Argument(metavar="CALL", help="A call's id: the header `fallow-call` of its answer.")],
+    data: Data = None,
+    base_url: BaseUrl = "",
+    as_json: AsJson = False,
+) -> None:
+    """Tell why a call went where it went: what was predicted, what became of it, what else was possible."""
+    from fallow.cli import quote
+
+    sys.exit(quote.why(data, base_url, call, as_json=as_json))
+
+
+@app.command()
 def status(data: Data = None, base_url: BaseUrl = "", as_json: AsJson = False) -> None:
     """Show what runs here: address, key, nodes."""
     from fallow.cli import client

@@ -40,11 +40,6 @@ def is_consistent(beat: Heartbeat) -> bool:
     return all(node_id == beat.node_id for node_id in named)
 
 
-def elsewhere(offer: Offer, load: Load, *, ours_at_beat: int) -> int:
-    """What the node ran for others when it last said how busy it was."""
-    return max(0, offer.slots - load.slots_free + load.waiting - ours_at_beat)
-
-
 def is_stranger(member: Member) -> bool:
     """Whether we must ask the node for its card before it can get work."""
     return member.card is None

@@ -50,7 +50,7 @@ class Admin:
         """What keeps the gateway from answering calls; empty if nothing does."""
         if not self.bus.is_up():
             return "the broker can't be reached"
-        return "" if self.roster.candidates() else "no node offers anything yet"
+        return "" if self.roster.offers() else "no node offers anything yet"
 
 
 def _node(node_id: NodeId, member: Member, now_ms: int) -> NodeView:

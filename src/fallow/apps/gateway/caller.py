@@ -14,6 +14,7 @@ from fallow.apps.gateway.calls import Origin, Outcome
 from fallow.apps.gateway.history import Story
 from fallow.apps.gateway.metrics import Metrics
 from fallow.core.admit import BODY_BYTES_MAX
+from fallow.core.needs import MICRO
 from fallow.model import messages as m
 from fallow.model.errors import BodyTimeout, BodyTooLarge, Failure
 from fallow.model.ids import CallId
@@ -141,11 +142,15 @@ class HttpCaller:
 
     def trying(self, origin: Origin) -> None:
         if self.story is not None:
-            self.story.trying(origin.node_id, origin.hardware)
+            self.story.trying(origin.node_id, origin.hardware, origin.place, origin.price)
 
     def tried(self, failure: Failure | None) -> None:
         if self.story is not None:
             self.story.tried(None if failure is None else failure.code)
+
+    def waits(self, why: str) -> None:
+        if self.story is not None:
+            self.story.waits(why)
 
     async def gone(self) -> None:
         """Return when the caller has closed the connection."""
@@ -222,6 +227,8 @@ class HttpCaller:
             (b"fallow-call", self.call_id.encode()),
             (b"fallow-node", origin.node_id.encode()),
             (b"fallow-hardware", origin.hardware.encode()),
+            (b"fallow-ring", origin.place.quote.ring.encode()),
+            (b"fallow-cost-max", b"%.6f" % (origin.place.quote.cost_max_micro / MICRO)),
             (b"fallow-attempts", b"%d" % origin.attempts),
             (b"fallow-overhead-ms", b"%.2f" % max(0.0, self._overhead_us(head) / 1000)),
             *self._applied(),

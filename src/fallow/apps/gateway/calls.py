@@ -11,14 +11,16 @@ from fallow.apps.gateway.errors import refused
 from fallow.apps.gateway.exchange import Conversation, Exchange
 from fallow.apps.gateway.metrics import Metrics
 from fallow.apps.gateway.roster import Roster
-from fallow.core import relay
+from fallow.core import prefix, relay
+from fallow.core.match import survey
 from fallow.core.match.decide import match
 from fallow.core.retry import is_gone, try_elsewhere
 from fallow.model import messages as m
 from fallow.model.call import Attempt, Call
 from fallow.model.errors import BrokerLost, Failure
 from fallow.model.ids import AttemptId, NodeId
-from fallow.model.quote import Place, Refuse
+from fallow.model.offer import Price
+from fallow.model.quote import Place, Refuse, Wait
 from fallow.model.receipt import Usage
 from fallow.ports import Clock
 from fallow.wire import subjects
@@ -27,6 +29,9 @@ WATCH_AFTER_S = 0.05
 """Most calls of a stub are over by then; only longer ones pay for watching the caller."""
 ANSWER_BYTES_MAX = 32 * 1024 * 1024
 """An answer that is held until it is whole."""
+WAITING_MAX = 1_000
+"""Calls that wait here for a better moment; each holds its body."""
+WAITING_RETRY_AFTER_MS = 10_000
 
 
 class Caller(Protocol):
@@ -40,6 +45,9 @@ class Caller(Protocol):
     def tried(self, failure: Failure | None) -> None:
         """It is done with, well or not."""
 
+    def waits(self, why: str) -> None:
+        """The call is asked again in a while."""
+
     async def begin(self, head: m.Head, origin: "Origin") -> None: ...
 
     async def write(self, data: bytes) -> None: ...
@@ -51,11 +59,13 @@ class Caller(Protocol):
 
 
 class Origin(msgspec.Struct, frozen=True, kw_only=True):
-    """Where an answer comes from."""
+    """Where an answer comes from, why, and at what price."""
 
     node_id: NodeId
     hardware: str
     attempts: int
+    place: Place
+    price: Price
 
 
 class Outcome(msgspec.Struct, frozen=True, kw_only=True):
@@ -77,6 +87,8 @@ class Calls:
         self._roster = roster
         self._clock = clock
         self._metrics = metrics
+        self._salt = secrets.token_bytes(16)
+        self._waiting = 0
         self.group: asyncio.TaskGroup | None = None
 
     async def run(self, call: Call, body: bytes, caller: Caller) -> Outcome:
@@ -84,8 +96,14 @@ class Calls:
         failures: tuple[Failure, ...] = ()
         tried: set[NodeId] = set()
         last: NodeId | None = None
+        call = self._known(call, body)
         while True:
-            decision = match(call, self._roster.candidates(), tried=tried, now_ms=self._clock.wall_ms())
+            decision = match(call, self._roster.market, tried=tried, now=self._roster.moment(), attempt=len(failures) + 1)
+            if isinstance(decision, Wait):
+                outcome = await self._wait(decision, caller)
+                if outcome is not None:
+                    return outcome
+                continue
             if isinstance(decision, Refuse):
                 failure = failures[-1] if failures else refused(decision, call.needs.model)
                 return Outcome(failure=failure, attempts=len(failures), node_id=last)
@@ -102,6 +120,31 @@ class Calls:
             if not try_elsewhere(failures, started=outcome.started):
                 return outcome
 
+    def _known(self, call: Call, body: bytes) -> Call:
+        """The call with the fingerprint of its beginning, counted as demand."""
+        now = self._roster.moment()
+        call = msgspec.structs.replace(call, prefix=prefix.blocks(body, salt=self._salt))
+        demand = survey.wanted(call, self._roster.market, now)
+        if demand is not None:
+            self._roster.market.asked(call, demand, now_s=now.at_s)
+        return call
+
+    async def _wait(self, decision: Wait, caller: Caller) -> Outcome | None:
+        """Until the call is to be asked again, which is None; or the caller left, or too many wait."""
+        if self._waiting >= WAITING_MAX:
+            text = f"{WAITING_MAX} calls wait here already; try again later, or without `service_tier: flex`"
+            return Outcome(failure=Failure(code="no_capacity", message=text, retry_after_ms=WAITING_RETRY_AFTER_MS))
+        caller.waits(decision.why)
+        self._waiting += 1
+        try:
+            async with asyncio.timeout(decision.for_ms / 1000):
+                await caller.gone()
+            return Outcome(left=True)
+        except TimeoutError:
+            return None
+        finally:
+            self._waiting -= 1
+
     async def _attempt(self, call: Call, place: Place, body: bytes, caller: Caller, *, number: int) -> Outcome:
         now = self._clock.now_ms()
         attempt = Attempt(id=AttemptId(secrets.token_hex(16)), call_id=call.id, node_id=place.node_id, number=number, asked_at_ms=now)
@@ -109,24 +152,30 @@ class Calls:
         state = relay.ask(now_ms=now, first_token_in_ms=first_ms, keeps=not call.stream, load_wait_ms=wait_ms)
         conversation = self._exchange.open(attempt, state)
         card = self._roster.card(place.node_id)
-        origin = Origin(node_id=place.node_id, hardware=card.hardware.summary() if card else "", attempts=number)
+        market, model = self._roster.market, place.quote.model
+        offer = market.offer(place.node_id, model)
+        hardware, price = card.hardware.summary() if card else "", offer.price if offer else Price()
+        origin = Origin(node_id=place.node_id, hardware=hardware, attempts=number, place=place, price=price)
         caller.trying(origin)
         loop = asyncio.get_running_loop()
         helpers: list[asyncio.Task[None]] = []
         watch = loop.call_later(WATCH_AFTER_S, lambda: helpers.append(self._spawn(self._watch(conversation, caller))))
-        self._roster.began(place.node_id, call.needs.model)
+        market.began(attempt.id, call, place.quote, now_s=now / 1000)
+        usage: Usage | None = None
         try:
-            await self._exchange.ask(conversation, _request(call, attempt, body, caller.load_wait_ms))
+            await self._exchange.ask(conversation, _request(call, model, attempt, body, caller.load_wait_ms))
             if len(body) > subjects.PART_BYTES_MAX:
                 helpers.append(self._spawn(self._send_rest(conversation, body)))
-            return await self._relay(call, conversation, caller, origin)
+            outcome = await self._relay(call, conversation, caller, origin)
+            usage = outcome.usage
+            return outcome
         except BrokerLost as error:
             return Outcome(failure=error.failure(), started=conversation.relay.started, attempts=number, node_id=place.node_id)
         finally:
             watch.cancel()
             for helper in helpers:
                 helper.cancel()
-            self._roster.ended(place.node_id, call.needs.model)
+            market.ended(attempt.id, call, usage, now_s=self._clock.now_ms() / 1000)
             self._exchange.close(conversation)
             if not conversation.is_over:  # we were cancelled
                 await self._exchange.stop(attempt)
@@ -140,6 +189,7 @@ class Calls:
             match effect:
                 case relay.Deliver(data=data):
                     if call.stream and head is None and effect.head is not None:
+                        self._roster.market.first(conversation.attempt.id, now_s=self._clock.now_ms() / 1000)
                         await caller.begin(effect.head, origin)
                     head = head or effect.head
                     if not call.stream:
@@ -178,7 +228,7 @@ class Calls:
         return self.group.create_task(work)
 
 
-def _request(call: Call, attempt: Attempt, body: bytes, load_wait_ms: int | None) -> m.Request:
+def _request(call: Call, model: str, attempt: Attempt, body: bytes, load_wait_ms: int | None) -> m.Request:
     return m.Request(
         attempt_id=attempt.id,
         call_id=call.id,
@@ -186,7 +236,7 @@ def _request(call: Call, attempt: Attempt, body: bytes, load_wait_ms: int | None
         org_id=call.org_id,
         key_id=call.key_id,
         path=call.path,
-        model=call.needs.model,
+        model=model,
         stream=call.stream,
         body_bytes=len(body),
         body=body if len(body) <= subjects.PART_BYTES_MAX else body[: subjects.PART_BYTES_MAX],

@@ -2,7 +2,7 @@
 
 from typing import Literal, NamedTuple
 
-from fallow.model.errors import Failure, shortened
+from fallow.model.errors import MESSAGE_MAX, Failure, shortened
 from fallow.model.quote import Refuse
 from fallow.wire import messages_api, openai, responses_answer, sse
 
@@ -56,7 +56,12 @@ TABLE: dict[str, Status] = {
 MODELS_NAMED_MAX = 20
 RETRY_AFTER_MS = 2_000
 """For a 503 that doesn't know better."""
-_PASSING = frozenset({"no_nodes", "engine_failed", "already_tried", "offer_expired", "owner_is_back"})
+_CODES = {
+    "busy": "no_capacity",
+    "over_context": "context_length_exceeded",
+    **dict.fromkeys(("no_nodes", "engine_failed", "already_tried", "offer_expired", "owner_is_back"), "no_node"),
+}
+"""The public code of each limit of matching; what the caller chose is `over_limits`."""
 
 Protocol = Literal["openai", "responses", "messages"]
 
@@ -100,15 +105,19 @@ def retry_after_s(failure: Failure) -> int | None:
 
 
 def refused(refusal: Refuse, model: str) -> Failure:
-    """What matching refused, as the caller hears it."""
+    """What matching refused, as the caller hears it: what would lift the limit of the most promising offers, then the others."""
     if refusal.limit == "model_not_offered":
         there = ", ".join(refusal.models[:MODELS_NAMED_MAX]) or "none"
         text = f"the model {shortened(model)!r} is not offered here; offered now: {there}"
         return Failure(code="model_not_found", message=text, param="model")
-    counts = ", ".join(f"{one.offers} by {one.limit}" for one in refusal.stopped)
-    text = f"no node can take this call: {refusal.lifted_by}" + (f" (offers stopped: {counts})" if counts else "")
-    if refusal.limit == "busy":
-        return Failure(code="no_capacity", message=text, retry_after_ms=refusal.retry_after_ms)
-    if refusal.limit in _PASSING:
-        return Failure(code="no_node", message=text, retry_after_ms=refusal.retry_after_ms)
-    return Failure(code="over_limits", message=text)
+    text = shortened(f"no node can take this call: {_lifts(refusal)}", MESSAGE_MAX - 1)
+    return Failure(code=_CODES.get(refusal.limit, "over_limits"), message=text, retry_after_ms=refusal.retry_after_ms)
+
+
+def _lifts(refusal: Refuse) -> str:
+    """Each limit with its count and what would lift it, the last one to apply first: its offers came furthest."""
+    said = refusal.lifted_by
+    if refusal.stopped:
+        last = refusal.stopped[-1]
+        said += f" ({last.offers} {'offer' if last.offers == 1 else 'offers'} stopped by {last.limit})"
+    return "; also ".join((said, *(f"{one.offers} by {one.limit}: {one.lifted_by}" for one in reversed(refusal.stopped[:-1]))))

@@ -6,35 +6,65 @@ from time import perf_counter_ns
 
 import msgspec
 
+from fallow.core.cost import PICO_PER_MICRO, cost_of
+from fallow.core.needs import MICRO
 from fallow.model.errors import shortened
 from fallow.model.ids import CallId, NodeId, OrgId
+from fallow.model.needs import HardwareKind, Ring
+from fallow.model.offer import Price
+from fallow.model.quote import Place, Quote
 from fallow.model.receipt import Usage
-from fallow.model.views import AttemptView, CallState, CallView
+from fallow.model.views import AttemptView, CallState, CallView, QuoteView, Timing
 from fallow.ports import Clock
 
 ENDED_MAX = 8_192
-"""Calls that are over and not yet forgotten; about 350 bytes each."""
+"""Calls that are over and not yet forgotten; about 750 bytes each."""
 KEPT_MS = 60 * 60_000
 MODEL_CHARS_MAX = 64
 """A model's name is the caller's text until somebody offers it."""
+CHANCE_PARTS = 10_000
+COST_DIGITS = 9
+"""Decimals of a cost in credits: a token of a small model costs some 1e-7."""
+
+
+class Small(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """A quote in few bytes. An empty model is that of the quote which was taken; `chance` counts ten-thousandths."""
+
+    node_id: NodeId
+    model: str
+    hardware: HardwareKind
+    ring: Ring
+    region: str
+    cost_max_micro: int
+    cost_expected_micro: int
+    first_token_in_ms: int
+    per_token_us: int
+    end_in_ms: int
+    chance: int
 
 
 class Try(msgspec.Struct, array_like=True, gc=False):
-    """One node that was tried; `us` is None until it is over."""
+    """One node that was tried, and why it was chosen; `us` is None until it is over."""
 
-    node_id: NodeId
     hardware: str
     began_us: int
+    why: str
+    quote: Small
+    others: tuple[Small, ...] = ()
     code: str | None = None
     us: int | None = None
 
 
 class Story(msgspec.Struct, array_like=True, gc=False, kw_only=True):
-    """A call from its arrival on. It becomes bytes when the call is over, so nothing in it may refer back to it."""
+    """A call from its arrival on. It becomes bytes when the call is over, so nothing in it may refer back to it.
+
+    `price` is what the offer asked that was chosen last, until the cost is known.
+    """
 
     org_id: OrgId
     path: str
     model: str | None = None
+    streams: bool = False
     arrived_at_ms: int
     began_ns: int
     state: CallState = "running"
@@ -45,16 +75,32 @@ class Story(msgspec.Struct, array_like=True, gc=False, kw_only=True):
     prompt_tokens: int | None = None
     cached_tokens: int | None = None
     output_tokens: int | None = None
+    price: Price | None = None
+    cost_pico: int | None = None
+    wait_why: str | None = None
+    wait_began_us: int | None = None
+    waited_us: int = 0
     ended_at_ms: int = 0
     tries: list[Try] = []
 
-    def names(self, model: str) -> None:
-        """What the call asks for."""
+    def names(self, model: str, *, streams: bool = False) -> None:
+        """What the call asks for, and whether its answer comes piece by piece."""
         self.model = shortened(model, MODEL_CHARS_MAX)
+        self.streams = streams
 
-    def trying(self, node_id: NodeId, hardware: str) -> None:
-        """The call is sent there."""
-        self.tries.append(Try(node_id, hardware, self._us()))
+    def waits(self, why: str) -> None:
+        """The call is asked again in a while."""
+        self.wait_why = why
+        if self.wait_began_us is None:
+            self.wait_began_us = self._us()
+
+    def trying(self, node_id: NodeId, hardware: str, place: Place, price: Price) -> None:
+        """The call is sent there, at that price."""
+        assert node_id == place.node_id, "a call goes where it was placed"
+        self.waited_us, self.wait_began_us = self._waited_us(), None
+        self.price = price
+        others = tuple(_small(one, place.quote.model) for one in place.others)
+        self.tries.append(Try(hardware, self._us(), place.why, _small(place.quote, ""), others))
 
     def tried(self, code: str | None) -> None:
         """That attempt is over; `code` says why it came to nothing."""
@@ -70,10 +116,21 @@ class Story(msgspec.Struct, array_like=True, gc=False, kw_only=True):
         """The call is over."""
         self.state = "caller_left" if left else "failed" if self.code is not None else "done"
         self.http_status = http_status or None
+        self.waited_us, self.wait_began_us = self._waited_us(), None
         self.total_us = self._us()
         self.ended_at_ms = now_ms
         if usage is not None:
             self.prompt_tokens, self.cached_tokens, self.output_tokens = usage.prompt_tokens, usage.cached_tokens, usage.output_tokens
+            if self.price is not None:
+                self.cost_pico = cost_of(usage, self.price, cost_max_micro=self.tries[-1].quote.cost_max_micro)
+        self.price = None
+
+    def waited_ms(self) -> float | None:
+        """How long the call waited for a better moment; None if it didn't."""
+        return None if self.wait_why is None else self._waited_us() / 1000
+
+    def _waited_us(self) -> int:
+        return self.waited_us + (0 if self.wait_began_us is None else self._us() - self.wait_began_us)
 
     def _us(self) -> int:
         return (perf_counter_ns() - self.began_ns) // 1000
@@ -127,6 +184,7 @@ class History:
 
 
 def _view(call_id: CallId, story: Story) -> CallView:
+    predicted, actual = _timing(story)
     return CallView(
         id=call_id,
         path=story.path,
@@ -140,8 +198,88 @@ def _view(call_id: CallId, story: Story) -> CallView:
         prompt_tokens=story.prompt_tokens,
         cached_tokens=story.cached_tokens,
         output_tokens=story.output_tokens,
-        attempts=[AttemptView(node=one.node_id, hardware=one.hardware, code=one.code, ms=_ms(one.us)) for one in story.tries],
+        cost=None if story.cost_pico is None else round(story.cost_pico / PICO_PER_MICRO / MICRO, COST_DIGITS),
+        predicted=predicted,
+        actual=actual,
+        waited_ms=story.waited_ms(),
+        wait_why=story.wait_why,
+        attempts=[_attempt(one) for one in story.tries],
     )
+
+
+def _attempt(one: Try) -> AttemptView:
+    return AttemptView(
+        node=one.quote.node_id,
+        hardware=one.hardware,
+        ring=one.quote.ring,
+        region=one.quote.region,
+        code=one.code,
+        ms=_ms(one.us),
+        why=one.why,
+        quote=_large(one.quote, ""),
+        others=[_large(other, one.quote.model) for other in one.others],
+    )
+
+
+def _timing(story: Story) -> tuple[Timing | None, Timing | None]:
+    """What was predicted of the last attempt, and what became of it. Only a stream tells when its first token came."""
+    if not story.tries:
+        return None, None
+    last = story.tries[-1]
+    first_us = story.first_byte_us - last.began_us if story.streams and story.first_byte_us is not None else None
+    predicted = Timing(first_token_ms=float(last.quote.first_token_in_ms), end_ms=float(last.quote.end_in_ms))
+    return predicted, Timing(first_token_ms=_ms(first_us), end_ms=_ms(last.us))
+
+
+def quote_view(quote: Quote, gpu: str | None = None) -> QuoteView:
+    """A quote as people see it; `gpu` names the node's card."""
+    return QuoteView(
+        node=quote.node_id,
+        model=quote.model,
+        hardware=quote.hardware,
+        gpu=gpu or msgspec.UNSET,
+        ring=quote.ring,
+        region=quote.region,
+        cost_max=quote.cost_max_micro / MICRO,
+        cost_expected=quote.cost_expected_micro / MICRO,
+        first_token_ms=quote.first_token_in_ms,
+        per_token_ms=quote.per_token_ms,
+        end_ms=quote.end_in_ms,
+        chance=quote.chance,
+    )
+
+
+def _small(quote: Quote, taken: str) -> Small:
+    return Small(
+        quote.node_id,
+        "" if quote.model == taken else quote.model,
+        quote.hardware,
+        quote.ring,
+        quote.region,
+        quote.cost_max_micro,
+        quote.cost_expected_micro,
+        quote.first_token_in_ms,
+        round(1000 * quote.per_token_ms),
+        quote.end_in_ms,
+        round(CHANCE_PARTS * quote.chance),
+    )
+
+
+def _large(small: Small, taken: str) -> QuoteView:
+    quote = Quote(
+        node_id=small.node_id,
+        model=small.model or taken,
+        hardware=small.hardware,
+        ring=small.ring,
+        region=small.region,
+        cost_max_micro=small.cost_max_micro,
+        cost_expected_micro=small.cost_expected_micro,
+        first_token_in_ms=small.first_token_in_ms,
+        per_token_ms=small.per_token_us / 1000,
+        end_in_ms=small.end_in_ms,
+        chance=small.chance / CHANCE_PARTS,
+    )
+    return quote_view(quote)
 
 
 def _ms(us: int | None) -> float | None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import msgspec
@@ -14,6 +15,7 @@ from fallow.apps.gateway.keys import Keys
 from fallow.apps.gateway.metrics import Metrics
 from fallow.apps.gateway.prices import PATH as PRICES
 from fallow.apps.gateway.prices import Prices
+from fallow.apps.gateway.quotes import Quotes
 from fallow.apps.gateway.roster import Roster
 from fallow.core.admit import admit_call
 from fallow.core.needs import needs_of
@@ -21,7 +23,7 @@ from fallow.model.call import Call, Grant
 from fallow.model.errors import Failure, FallowError
 from fallow.model.ids import GatewayId
 from fallow.ports import Clock
-from fallow.wire import models_api, openai
+from fallow.wire import models_api, openai, quote_request, wishes
 
 CLIENT_CLOSED = 499
 
@@ -55,6 +57,7 @@ class Api:
         self._country = country
         self._prices = prices
         self._demand = demand
+        self._quotes = Quotes(roster)
         self._bodies_bytes = 0
         self.calls_now = 0
         self.stopping = False
@@ -86,8 +89,10 @@ class Api:
         authorization = http.incoming.authorization()
         grant = self._keys.recall(authorization) or await self._keys.check(authorization)
         path, method = http.incoming.path, http.incoming.method
-        if path in openai.HEADS:
-            return await self._call(http, grant) if method == "POST" else await http.fail(_method(method, "POST"))
+        if path in openai.HEADS or path == quote_request.PATH:
+            if method != "POST":
+                return await http.fail(_method(method, "POST"))
+            return await (self._quote(http, grant) if path == quote_request.PATH else self._call(http, grant))
         if path in (openai.MODELS, PRICES) or path.startswith((openai.MODELS + "/", openai.CALLS + "/", PRICES + "/")):
             return await self._look_up(http, grant, path) if method == "GET" else await http.fail(_method(method, "GET"))
         return await http.fail(Failure(code="unknown_path", message=f"there is no {path[:200]}; see /openapi.json for what there is"))
@@ -104,6 +109,34 @@ class Api:
 
     async def _call(self, http: HttpCaller, grant: Grant) -> int:
         http.story = self._history.begin(http.call_id, grant.org_id, http.incoming.path, began_ns=http.arrived_ns)
+
+        async def run(body: bytes) -> int:
+            call = self._read(http, grant, http.incoming.path, body, http.incoming.lines)
+            if isinstance(call, Failure):
+                return await http.fail(call)
+            self._demand.asked(call)
+            http.outcome = outcome = await self._calls.run(call, body, http)
+            self._demand.ended(call, outcome, http.story)
+            if outcome.failure is not None:
+                return await http.fail(outcome.failure)
+            return CLIENT_CLOSED if outcome.left else http.status
+
+        return await self._taken(http, run)
+
+    async def _quote(self, http: HttpCaller, grant: Grant) -> int:
+        """A call's body, and what it would cost."""
+
+        async def tell(body: bytes) -> int:
+            lines = http.incoming.lines
+            path = quote_request.path_of(body, lines, self._quotes.offered)
+            call = self._read(http, grant, path, body, quote_request.without_path(lines))
+            found = call if isinstance(call, Failure) else self._quotes.answer(call)
+            return await (http.fail(found) if isinstance(found, Failure) else http.reply(200, found))
+
+        return await self._taken(http, tell)
+
+    async def _taken(self, http: HttpCaller, answer: Callable[[bytes], Awaitable[int]]) -> int:
+        """The request's body within the limits, and what is made of it."""
         http.load_wait_ms = http.incoming.load_wait_ms()
         size = http.incoming.declared_bytes()
         refusal = admit_call(calls=self.calls_now, bodies_bytes=self._bodies_bytes, size=size)
@@ -115,24 +148,16 @@ class Api:
             body = await http.incoming.body()
             self._bodies_bytes -= size - len(body)
             size = len(body)
-            call = self._read(http, grant, body)
-            if isinstance(call, Failure):
-                return await http.fail(call)
-            self._demand.asked(call)
-            http.outcome = outcome = await self._calls.run(call, body, http)
-            self._demand.ended(call, outcome, http.story)
-            if outcome.failure is not None:
-                return await http.fail(outcome.failure)
-            return CLIENT_CLOSED if outcome.left else http.status
+            return await answer(body)
         finally:
             self.calls_now -= 1
             self._bodies_bytes -= size
 
-    def _read(self, http: HttpCaller, grant: Grant, body: bytes) -> Call | Failure:
-        head = openai.read_head(http.incoming.path, body)
+    def _read(self, http: HttpCaller, grant: Grant, path: str, body: bytes, lines: wishes.Lines) -> Call | Failure:
+        head = openai.read_head(path, body)
         if http.story is not None:
-            http.story.names(head.model)
-        asked = openai.asked_of(head, len(body), http.incoming.lines)
+            http.story.names(head.model, streams=bool(head.stream))
+        asked = openai.asked_of(head, len(body), lines)
         arrived_at_ms = self._clock.wall_ms()
         needs = needs_of(asked, grant.policy, now_ms=arrived_at_ms)
         if isinstance(needs, Failure):
@@ -142,7 +167,7 @@ class Api:
             org_id=grant.org_id,
             key_id=grant.key_id,
             gateway_id=self._gateway_id,
-            path=http.incoming.path,
+            path=path,
             stream=bool(head.stream),
             body_bytes=len(body),
             needs=needs,
@@ -153,8 +178,8 @@ class Api:
     def _contexts(self) -> dict[str, int]:
         """The models on offer, each with the longest context."""
         found: dict[str, int] = {}
-        for candidate in self._roster.candidates():
-            found[candidate.offer.model] = max(candidate.offer.context_tokens, found.get(candidate.offer.model, 0))
+        for offer in self._roster.offers():
+            found[offer.model] = max(offer.context_tokens, found.get(offer.model, 0))
         return found
 
     def _models(self, http: HttpCaller) -> Any:
@@ -172,7 +197,7 @@ class Api:
         return await http.reply(200, _json.encode(self._listed(name)))
 
     def _listed(self, name: str) -> openai.Model:
-        paths = {path for c in self._roster.candidates() if c.offer.model == name for path in c.offer.paths}
+        paths = {path for offer in self._roster.offers() if offer.model == name for path in offer.paths}
         return openai.Model(id=name, created=0, owned_by="fallow", endpoints=sorted(paths))
 
     async def _story(self, http: HttpCaller, grant: Grant, call_id: str) -> int:

@@ -6,8 +6,8 @@ from typing import Any, Literal, NamedTuple, get_args
 import msgspec
 
 from fallow.apps.gateway import errors, prices
-from fallow.model.views import CallView
-from fallow.wire import messages_request, models_api, openai, responses_request, wishes
+from fallow.model.views import CallView, QuoteList
+from fallow.wire import messages_request, models_api, openai, quote_request, responses_request, wishes
 from fallow.wire.chat_request import ChatRequest
 from fallow.wire.completions_api import CompletionRequest
 from fallow.wire.embeddings import EmbeddingsRequest
@@ -43,21 +43,37 @@ class Door(NamedTuple):
     path: str
     method: str
     summary: str
-    asked: Any = None
+    asked: Envelopes = ()
     answered: Envelopes = ()
     streams: bool = False
     envelopes: Envelopes = OURS
 
 
 DOORS = (
-    Door(openai.CHAT, "post", "Answer a chat, streamed or whole", ChatRequest, streams=True),
-    Door(openai.COMPLETIONS, "post", "Continue a text, streamed or whole", CompletionRequest, streams=True),
-    Door(openai.RESPONSES, "post", "Answer, as OpenAI's newer API has it", responses_request.ResponsesRequest, streams=True),
-    Door(openai.RESPONSES_COUNT, "post", "Count the tokens of a response's input", responses_request.CountRequest),
-    Door(openai.MESSAGES, "post", "Answer a chat, as Anthropic has it", messages_request.MessagesRequest, streams=True, envelopes=THEIRS),
-    Door(openai.MESSAGES_COUNT, "post", "Count the tokens of a message's input", messages_request.CountRequest, envelopes=THEIRS),
-    Door(openai.EMBEDDINGS, "post", "Turn texts into vectors", EmbeddingsRequest),
-    Door(openai.RERANK, "post", "Sort texts by how well they fit a question", RerankRequest),
+    Door(openai.CHAT, "post", "Answer a chat, streamed or whole", (ChatRequest,), streams=True),
+    Door(openai.COMPLETIONS, "post", "Continue a text, streamed or whole", (CompletionRequest,), streams=True),
+    Door(openai.RESPONSES, "post", "Answer, as OpenAI's newer API has it", (responses_request.ResponsesRequest,), streams=True),
+    Door(openai.RESPONSES_COUNT, "post", "Count the tokens of a response's input", (responses_request.CountRequest,)),
+    Door(
+        openai.MESSAGES, "post", "Answer a chat, as Anthropic has it", (messages_request.MessagesRequest,), streams=True, envelopes=THEIRS
+    ),
+    Door(openai.MESSAGES_COUNT, "post", "Count the tokens of a message's input", (messages_request.CountRequest,), envelopes=THEIRS),
+    Door(openai.EMBEDDINGS, "post", "Turn texts into vectors", (EmbeddingsRequest,)),
+    Door(openai.RERANK, "post", "Sort texts by how well they fit a question", (RerankRequest,)),
+    Door(
+        quote_request.PATH,
+        "post",
+        "What a call would cost, where and how soon; nothing is run",
+        (
+            ChatRequest,
+            CompletionRequest,
+            responses_request.ResponsesRequest,
+            messages_request.MessagesRequest,
+            EmbeddingsRequest,
+            RerankRequest,
+        ),
+        answered=(QuoteList,),
+    ),
     Door(
         openai.MODELS,
         "get",
@@ -70,13 +86,19 @@ DOORS = (
     Door(prices.PATH, "get", "What a million tokens go for", answered=(prices.PriceList,)),
     Door(prices.PATH + "/{model}", "get", "One model's prices, and how they went", answered=(prices.ModelPrices,)),
 )
-_TYPES = list(dict.fromkeys(t for door in DOORS for t in (door.asked, *door.answered, *door.envelopes, wishes.Wishes) if t is not None))
+_TYPES = list(dict.fromkeys(t for door in DOORS for t in (*door.asked, *door.answered, *door.envelopes, wishes.Wishes)))
 _LOOK_UP_CODES = ("invalid_api_key", "model_not_found", "call_not_found", "broker_lost", "gateway_stopping", "internal_error")
 _NOT_OF_A_CALL = ("call_not_found", "method_not_allowed")
+_QUOTE_CODES = (
+    *("invalid_request", "invalid_api_key", "model_not_found", "body_timeout", "body_too_large", "no_node", "too_many_calls"),
+    *("broker_lost", "gateway_stopping", "internal_error"),
+)
 ANSWER_HEADERS = {
     "Fallow-Call": "The call's id.",
     "Fallow-Node": "The node that answered.",
     "Fallow-Hardware": "What it answered on.",
+    "Fallow-Ring": "Whose node that is: `own`, `partner` or `market`.",
+    "Fallow-Cost-Max": "The most that the answer can cost, in credits; `GET /v1/calls/{id}` tells what it did.",
     "Fallow-Attempts": "How many nodes were tried.",
     "Fallow-Overhead-Ms": "Time added to the engine's own, in milliseconds.",
     "Preference-Applied": "The wait that was granted, if `Prefer` asked for one.",
@@ -109,6 +131,13 @@ NEEDS: tuple[dict[str, Any], ...] = (
         "schema": {"enum": list(get_args(openai.Tier))},
     },
 )
+PATH: dict[str, Any] = {
+    "name": quote_request.PATH_HEADER,
+    "in": "header",
+    "required": False,
+    "description": "The endpoint that the call is for, where its body doesn't tell.",
+    "schema": {"enum": list(openai.HEADS)},
+}
 ANTHROPIC_VERSION: dict[str, Any] = {
     "name": "anthropic-version",
     "in": "header",
@@ -127,6 +156,11 @@ def with_calls(schema: dict[str, Any]) -> dict[str, Any]:
     for door in DOORS:
         full["paths"].setdefault(door.path, {})[door.method] = _operation(door, by_type)
     return full
+
+
+def _is_call(door: Door) -> bool:
+    """Whether a node answers there."""
+    return door.path in openai.HEADS
 
 
 def _with_wishes(components: dict[str, Any], by_type: dict[Any, Any]) -> dict[str, Any]:
@@ -152,7 +186,7 @@ def _operation(door: Door, by_type: dict[Any, Any]) -> dict[str, Any]:
     content: dict[str, Any] = {"application/json": {"schema": _one_of(door.answered, by_type) if door.answered else {"type": "object"}}}
     if door.streams:
         content["text/event-stream"] = {"schema": {"type": "string"}}
-    headers = {name: {"description": text, "schema": {"type": "string"}} for name, text in ANSWER_HEADERS.items()} if door.asked else {}
+    headers = {name: {"description": text, "schema": {"type": "string"}} for name, text in ANSWER_HEADERS.items()} if _is_call(door) else {}
     operation: dict[str, Any] = {
         "summary": door.summary,
         "tags": ["calls"],
@@ -164,9 +198,9 @@ def _operation(door: Door, by_type: dict[Any, Any]) -> dict[str, Any]:
         for name in ("model", "id")
         if f"{{{name}}}" in door.path
     ]
-    if door.asked is not None:
-        operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": by_type[door.asked]}}}
-        parameters += (PREFER, *NEEDS)
+    if door.asked:
+        operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": _one_of(door.asked, by_type)}}}
+        parameters += (PREFER, *NEEDS) if _is_call(door) else (PATH, PREFER, *NEEDS)
     elif len(door.answered) > 1:
         parameters.append(ANTHROPIC_VERSION)
     if parameters:
@@ -178,7 +212,7 @@ def _errors(door: Door, by_type: dict[Any, Any]) -> dict[str, Any]:
     """The errors of a path by status, with the codes that come under each."""
     by_status: defaultdict[int, list[str]] = defaultdict(list)
     for code, status in errors.TABLE.items():
-        if code not in _NOT_OF_A_CALL if door.asked is not None else code in _LOOK_UP_CODES:
+        if code not in _NOT_OF_A_CALL if _is_call(door) else code in (_QUOTE_CODES if door.asked else _LOOK_UP_CODES):
             by_status[status.http].append(code)
     schema = _one_of(door.envelopes, by_type)
     return {

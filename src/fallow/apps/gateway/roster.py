@@ -1,32 +1,49 @@
 """The gateway's view of the network: nodes and their live offers, in memory only."""
 
 import logging
-from collections import Counter
+from typing import NamedTuple
 
 from fallow.core import roster as core
-from fallow.core.match.candidate import Candidate
+from fallow.core.match.market import Market
+from fallow.core.match.survey import Moment
 from fallow.model import messages as m
 from fallow.model.card import Card
 from fallow.model.errors import BrokerLost, WireError
 from fallow.model.ids import GatewayId, NodeId
+from fallow.model.offer import Load, Offer
+from fallow.model.owner import State
 from fallow.ports import Bus, Clock, Delivery
 from fallow.wire import codec, subjects
 
 NODES_MAX = 10_000
+MARKET_MS = 1_000
+"""How often the market looks at what is overdue and what is scarce."""
 
 log = logging.getLogger("fallow.gateway")
 
 
+class Told(NamedTuple):
+    """What of an offer the market was told last."""
+
+    offer: Offer
+    card_sequence: int
+    state: State
+    readiness: str
+    ready_in_ms: int | None
+    waiting_max: int
+
+
 class Roster:
-    """Who is there. `candidates` is what matching looks at."""
+    """Who is there. `market` is what matching looks at."""
 
     def __init__(self, gateway_id: GatewayId, bus: Bus, clock: Clock) -> None:
         self._gateway_id = gateway_id
         self._bus = bus
         self._clock = clock
         self._members: dict[NodeId, core.Member] = {}
-        self._in_flight: Counter[tuple[NodeId, str]] = Counter()
-        self._at_beat: dict[tuple[NodeId, str], int] = {}
+        self.market = Market()
+        self._told: dict[NodeId, dict[str, Told]] = {}
+        self._looked_at_ms = 0
         self._strangers: set[NodeId] = set()
 
     async def start(self) -> None:
@@ -46,22 +63,39 @@ class Roster:
             log.warning("a heartbeat was dropped: the roster is full (%d nodes)", NODES_MAX)
             return
         now = self._clock.now_ms()
-        known = self._members.get(beat.node_id)
-        member = core.hear(known, beat, now_ms=now)
-        if known is not None:
-            self._drop_counts(known)
+        member = core.hear(self._members.get(beat.node_id), beat, now_ms=now)
         if core.is_gone(member, now_ms=now):
             self.forget(beat.node_id)
             return
         self._members[beat.node_id] = member
-        for offer in member.offers:
-            self._at_beat[offer.node_id, offer.model] = self._in_flight[offer.node_id, offer.model]
+        self._tell_market(beat.node_id, member, now)
         if core.is_stranger(member):
             self._strangers.add(beat.node_id)
 
+    def _tell_market(self, node_id: NodeId, member: core.Member, now_ms: int) -> None:
+        """What changed of a node's offers, and how much they run."""
+        card, told = member.card, self._told.setdefault(node_id, {})
+        loads = {load.model: load for load in member.loads}
+        there = {offer.model: offer for offer in member.offers if offer.model in loads} if card is not None else {}
+        if told.keys() - there.keys():
+            self.market.drop(node_id, keep=there)
+            self._told[node_id] = told = {model: told[model] for model in told if model in there}
+        for model, offer in there.items():
+            load = loads[model]
+            assert card is not None, "a stranger has no offers"
+            news = Told(offer, card.sequence, member.state, load.readiness, load.ready_in_ms, load.waiting_max)
+            if told.get(model) != news:
+                told[model] = news
+                expires_s = (now_ms + offer.expires_at_ms - self._clock.wall_ms()) / 1000
+                self.market.put(card, offer, load, member.state, expires_s=expires_s, now_s=now_ms / 1000)
+            self.market.heard(node_id, model, running=_running(offer, load), now_s=now_ms / 1000)
+
     async def refresh(self) -> None:
-        """Drop who is gone, and ask strangers for their cards."""
+        """Drop who is gone, look after the market, and ask strangers for their cards."""
         now = self._clock.now_ms()
+        if now - self._looked_at_ms >= MARKET_MS:
+            self._looked_at_ms = now
+            self.market.refresh(now_s=now / 1000)
         for node_id in [n for n, member in self._members.items() if core.is_gone(member, now_ms=now)]:
             self.forget(node_id)
         while self._strangers:
@@ -73,52 +107,22 @@ class Roster:
 
     def forget(self, node_id: NodeId) -> None:
         """The node is gone; its next heartbeat brings it back."""
-        member = self._members.pop(node_id, None)
-        if member is not None:
-            self._drop_counts(member)
-
-    def _drop_counts(self, member: core.Member) -> None:
-        for offer in member.offers:
-            self._at_beat.pop((offer.node_id, offer.model), None)
+        if self._members.pop(node_id, None) is not None:
+            self._told.pop(node_id, None)
+            self.market.drop(node_id)
 
     def forget_all(self) -> None:
         """The broker went away, and with it all that we knew."""
-        self._members.clear()
-        self._at_beat.clear()
+        for node_id in list(self._members):
+            self.forget(node_id)
 
-    def candidates(self) -> list[Candidate]:
+    def moment(self) -> Moment:
+        """Now, for matching."""
+        return Moment(self._clock.wall_ms(), self._clock.now_ms() / 1000)
+
+    def offers(self) -> list[Offer]:
         """All offers of nodes that are there."""
-        found = []
-        for node_id, member in self._members.items():
-            if member.card is None:
-                continue
-            for offer in member.offers:
-                load = core.load_of(member, offer.model)
-                if load is None:
-                    continue
-                key = (node_id, offer.model)
-                elsewhere = core.elsewhere(offer, load, ours_at_beat=self._at_beat.get(key, 0))
-                found.append(
-                    Candidate(
-                        offer=offer,
-                        card=member.card,
-                        load=load,
-                        state=member.state,
-                        elsewhere=elsewhere,
-                        in_flight=self._in_flight[key],
-                    )
-                )
-        return found
-
-    def began(self, node_id: NodeId, model: str) -> None:
-        """A call was sent there."""
-        self._in_flight[node_id, model] += 1
-
-    def ended(self, node_id: NodeId, model: str) -> None:
-        """It came back, well or not."""
-        self._in_flight[node_id, model] -= 1
-        if self._in_flight[node_id, model] <= 0:
-            del self._in_flight[node_id, model]
+        return [told.offer for mine in self._told.values() for told in mine.values()]
 
     def card(self, node_id: NodeId) -> Card | None:
         member = self._members.get(node_id)
@@ -126,3 +130,8 @@ class Roster:
 
     def members(self) -> dict[NodeId, core.Member]:
         return dict(self._members)
+
+
+def _running(offer: Offer, load: Load) -> int:
+    """What an offer runs and keeps waiting."""
+    return max(0, offer.slots - load.slots_free) + load.waiting

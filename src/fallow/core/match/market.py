@@ -5,15 +5,16 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from fallow.core import prefix
 from fallow.core.match.columns import Codes, Floats
 from fallow.core.match.filter import CODE, Kind, Sought, kind_of, serve_mask, stopped_by
+from fallow.core.match.keys import Prompts, Warmth
 from fallow.core.match.lengths import Lengths
 from fallow.core.match.rent import Wanted
-from fallow.core.match.shelf import Booking, Row, Shelf
+from fallow.core.match.rows import Row
+from fallow.core.match.shelf import Booking, Shelf
 from fallow.model.call import Call
 from fallow.model.card import Card
-from fallow.model.ids import KeyId, NodeId, OrgId
+from fallow.model.ids import NodeId, OrgId
 from fallow.model.offer import Load, Offer
 from fallow.model.owner import WORKING, State
 from fallow.model.quote import Quote
@@ -21,14 +22,6 @@ from fallow.model.receipt import Usage
 
 FILTERS_MAX = 512
 """Outcomes of the filter that are remembered: most calls of a key have the same."""
-WARM_KEYS_MAX = 4_096
-WARM_NODES_MAX = 8
-"""Per key and model, the nodes whose engines may still know the beginning of a prompt."""
-KEYS_MAX = 4_096
-PROMPT_RATE = 0.1
-PROMPT_FACTOR_MIN, PROMPT_FACTOR_MAX = 0.1, 10.0
-
-KeyModel = tuple[KeyId, str]
 
 
 class Market:
@@ -36,6 +29,8 @@ class Market:
 
     def __init__(self) -> None:
         self.lengths = Lengths()
+        self.prompts = Prompts()
+        self.warmth = Warmth()
         self._shelves: dict[str, Shelf] = {}
         self._families: defaultdict[str, dict[str, None]] = defaultdict(dict)
         self._offered: dict[NodeId, dict[str, Offer]] = {}
@@ -46,8 +41,6 @@ class Market:
         self._org_names: list[OrgId] = []
         self._outcomes: OrderedDict[Sought, Codes] = OrderedDict()
         self._bookings: dict[str, Booking] = {}
-        self._warm: OrderedDict[KeyModel, OrderedDict[NodeId, prefix.Blocks]] = OrderedDict()
-        self._prompts: OrderedDict[KeyModel, float] = OrderedDict()
 
     # offers
     def put(self, card: Card, offer: Offer, load: Load, state: State, *, expires_s: float, now_s: float, rtt_s: float = 0.0) -> None:
@@ -137,23 +130,6 @@ class Market:
         return known
 
     # calls
-    def prompt_tokens(self, call: Call) -> float:
-        """The prompt's length, from its bytes and from how earlier prompts of the key turned out."""
-        return max(1.0, call.needs.prompt_tokens * self._prompts.get((call.key_id, call.needs.model), 1.0))
-
-    def warm(self, call: Call, shelf: Shelf, prompt: float) -> dict[int, float]:
-        """By row, how many of the prompt's tokens an engine probably still knows from this key."""
-        known = self._warm.get((call.key_id, shelf.model))
-        if not known or not call.prefix or not call.body_bytes:
-            return {}
-        found = {}
-        for node_id, blocks in known.items():
-            row = shelf.row_of.get(node_id)
-            same = prefix.common(blocks, call.prefix) if row is not None else 0
-            if row is not None and same:
-                found[row] = min(prompt - 1.0, prompt * same * prefix.BLOCK_BYTES / call.body_bytes)
-        return found
-
     def asked(self, call: Call, wanted: Wanted, *, now_s: float) -> None:
         """A call came; the demand counts it once, however often it is tried."""
         for shelf in self.shelves(call.needs.model)[:1]:
@@ -165,30 +141,24 @@ class Market:
         row = None if shelf is None else shelf.row_of.get(quote.node_id)
         if shelf is None or row is None:
             return
-        prompt = self.prompt_tokens(call) - self.warm(call, shelf, self.prompt_tokens(call)).get(row, 0.0)
+        prompt = self.prompts.tokens(call)
         length = self.lengths.expected(call.key_id, quote.model, limit=call.needs.output_tokens_max)
         held = shelf.held(row)
         booking = Booking(
             node_id=quote.node_id,
             model=quote.model,
-            prompt=prompt,
+            prompt=prompt - self.warmth.of(call, shelf, prompt).get(row, 0.0),
             output=length.mean_tokens,
             began_s=now_s,
             streams=min(float(shelf.columns.slots[row]), held + 1.0),
             waits=held >= shelf.columns.slots[row],
+            tells_first=call.stream,
+            first_in_s=quote.first_token_in_ms / 1000,
             end_s=now_s + quote.end_in_ms / 1000,
         )
         self._bookings[booking_id] = booking
         shelf.book(booking_id, booking)
-        if call.prefix:
-            known = self._warm.setdefault((call.key_id, quote.model), OrderedDict())
-            known[quote.node_id] = call.prefix
-            known.move_to_end(quote.node_id)
-            self._warm.move_to_end((call.key_id, quote.model))
-            while len(known) > WARM_NODES_MAX:
-                known.popitem(last=False)
-            while len(self._warm) > WARM_KEYS_MAX:
-                self._warm.popitem(last=False)
+        self.warmth.put(call, quote.model, quote.node_id)
 
     def first(self, booking_id: str, *, now_s: float) -> None:
         """The first token came."""
@@ -206,20 +176,11 @@ class Market:
         shelf = self._shelves.get(booking.model)
         if shelf is not None:
             shelf.end(booking_id, booking, tokens=tokens, now_s=now_s)
-        if usage is not None:
-            self._learn_lengths(call, booking.model, usage)
-
-    def _learn_lengths(self, call: Call, model: str, usage: Usage) -> None:
+        if usage is None:
+            return
+        self.prompts.learn(call, usage.prompt_tokens)
         if usage.output_tokens:
-            self.lengths.learn(call.key_id, model, limit=call.needs.output_tokens_max, tokens=usage.output_tokens)
-        if usage.prompt_tokens and call.needs.prompt_tokens:
-            name = (call.key_id, call.needs.model)
-            known = self._prompts.get(name, 1.0)
-            seen = min(PROMPT_FACTOR_MAX, max(PROMPT_FACTOR_MIN, usage.prompt_tokens / call.needs.prompt_tokens))
-            self._prompts[name] = known * (seen / known) ** PROMPT_RATE
-            self._prompts.move_to_end(name)
-            if len(self._prompts) > KEYS_MAX:
-                self._prompts.popitem(last=False)
+            self.lengths.learn(call.key_id, booking.model, limit=call.needs.output_tokens_max, tokens=usage.output_tokens)
 
     def refresh(self, *, now_s: float) -> None:
         """Once a second or so: keep the shelves in order, and see what is overdue and what is scarce."""

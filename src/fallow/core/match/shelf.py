@@ -1,28 +1,20 @@
-"""All offers of one model: their columns, this gateway's calls on them, and who wanted them of late."""
+"""A model's offers, this gateway's calls on them, and who wanted them of late."""
 
 import math
-from collections import Counter, deque
+from collections import deque
 
 import msgspec
 import numpy as np
 
 from fallow.core.match import learn, predict, rent
-from fallow.core.match.columns import ROOM_FACTOR, Codes, Columns, Floats, make
+from fallow.core.match.columns import Floats
+from fallow.core.match.rows import GONE, Row, Rows
 from fallow.model.ids import NodeId
-from fallow.model.offer import Load, Offer
 
-ROWS_MIN = 16
-TAIL_MAX = 64
-"""Offers that came since the shelf was last put in order; all of them are looked at each time."""
-GONE_MAX = 16
-GONE = -1
-"""The row of an offer that went away."""
-PARTS = (128, 512, 2_048)
-"""The cheapest offers are looked at first; beyond these numbers each further part is four times as long."""
-QUICK_ROWS = 256
-"""Where speed matters more than cost, so many of the fastest are looked at first."""
 OVERRUN = 1.1
 OVERDUE_S = 0.5
+PROMPT_MEAN_TOKENS = 500.0
+MEAN_RATE = 0.02
 
 
 class Booking(msgspec.Struct, kw_only=True):
@@ -35,132 +27,33 @@ class Booking(msgspec.Struct, kw_only=True):
     began_s: float
     streams: float
     waits: bool
+    tells_first: bool
+    first_in_s: float
     first_s: float | None = None
     end_s: float
 
 
-class Row(msgspec.Struct, frozen=True, kw_only=True):
-    """What is written into the columns of an offer besides what is learnt."""
-
-    offer: Offer
-    kind: int
-    org: int
-    serves: int
-    stop: int
-    load: Load
-    expires_s: float
-    rtt_s: float = 0.0
-
-
-class Shelf:
-    """The offers in order of their price, with the newest at the end."""
+class Shelf(Rows):
+    """The offers of a model, with what happens on them."""
 
     def __init__(self, model: str) -> None:
-        self.model = model
-        self.nodes: list[NodeId] = []
-        self.row_of: dict[NodeId, int] = {}
-        self.columns: Columns = make(ROWS_MIN)
-        self.ordered = 0
-        self.gone = 0
-        self.orgs: Counter[int] = Counter()
-        self.cheapest_prompt: Floats = np.zeros(0)
-        self.quick: Codes = np.zeros(0, np.intp)
+        super().__init__(model)
         self.bookings: dict[NodeId, dict[str, Booking]] = {}
         self.wanted: deque[rent.Wanted] = deque(maxlen=rent.CALLS_MAX)
         self.asked_s: deque[float] = deque(maxlen=rent.CALLS_MAX)
         self.dear_prompt = self.dear_output = 0.0
-        self.prompt_mean = 500.0
-        self.output_mean = predict.OUTPUT_TOKENS_GUESS
+        self.prompt_mean, self.output_mean = PROMPT_MEAN_TOKENS, predict.OUTPUT_TOKENS_GUESS
         self.share = 1.0
-        self.writes = True
+        """The part of what the offers run that is this gateway's."""
 
-    def __len__(self) -> int:
-        return len(self.row_of)
-
-    # offers come, change and go
     def put(self, node_id: NodeId, row: Row, *, now_s: float) -> None:
-        """An offer is new, or something about it changed; what was learnt of it stays."""
-        old = self.row_of.get(node_id)
-        price = row.offer.price.output_micro_per_munit / 1e6
-        if old is not None and self.columns.output_price[old] == price:
-            self._write(old, row)
-            return
-        at = len(self.nodes)
-        if at >= len(self.columns.org):
-            self.columns = self.columns.grown(ROOM_FACTOR * at)
-        self.nodes.append(node_id)
-        self.row_of[node_id] = at
-        if old is None:
-            self._unlearn(at, row.offer, now_s)
-        else:  # another price is another place in the order
-            for column in self.columns:
-                column[at] = column[old]
-            self._leave_row(old)
-        self._write(at, row)
-        self.orgs[row.org] += 1
+        super().put(node_id, row, now_s=now_s)
         self._recount(node_id)
 
-    def _write(self, at: int, row: Row) -> None:
-        c, offer, speed = self.columns, row.offer, row.offer.speed
-        self.writes = speed.writes
-        c.prompt_price[at] = offer.price.prompt_micro_per_munit / 1e6
-        c.cached_price[at] = min(offer.price.cached_prompt_micro_per_munit, offer.price.prompt_micro_per_munit) / 1e6
-        c.output_price[at] = offer.price.output_micro_per_munit / 1e6
-        c.prefill[at] = max(predict.TOKENS_PER_S_MIN, speed.prefill_tokens_per_s or predict.PREFILL_TOKENS_PER_S_GUESS)
-        c.decode[at] = max(predict.TOKENS_PER_S_MIN, speed.decode_tokens_per_s or predict.DECODE_TOKENS_PER_S_GUESS)
-        c.slope[at] = slope_of(offer)
-        c.slots[at] = max(1, offer.slots)
-        c.room[at] = offer.slots + row.load.waiting_max
-        c.context[at] = offer.context_tokens
-        c.rtt_s[at] = row.rtt_s
-        c.kind[at], c.org[at], c.serves[at], c.stop[at] = row.kind, row.org, row.serves, row.stop
-        c.expires_s[at] = row.expires_s
-        c.load_s[at] = (row.load.ready_in_ms or 0) / 1000
-
-    def _unlearn(self, at: int, offer: Offer, now_s: float) -> None:
-        c = self.columns
-        for column in c:
-            column[at] = 0
-        measured = offer.speed.prefill_tokens_per_s > 0
-        c.prefill_var[at] = learn.PREFILL_VAR_MEASURED if measured else learn.PREFILL_VAR_GUESSED
-        c.decode_var[at] = learn.DECODE_VAR_MEASURED if measured else learn.DECODE_VAR_GUESSED
-        c.seen_s[at] = c.others_s[at] = now_s
-
     def drop(self, node_id: NodeId) -> None:
-        """The node doesn't offer the model any more."""
-        at = self.row_of.pop(node_id, None)
-        if at is not None:
-            self._leave_row(at)
-            self.bookings.pop(node_id, None)
+        super().drop(node_id)
+        self.bookings.pop(node_id, None)
 
-    def _leave_row(self, at: int) -> None:
-        """Nobody's row any more, until the shelf is put in order."""
-        org = int(self.columns.org[at])
-        self.orgs[org] -= 1
-        if not self.orgs[org]:
-            del self.orgs[org]
-        self.columns.stop[at] = GONE
-        self.nodes[at] = NodeId("")
-        self.gone += 1
-
-    def order(self) -> None:
-        """Put the rows in order of their price; ties by id, so that every gateway has the same order."""
-        if len(self.nodes) - self.ordered <= TAIL_MAX and self.gone <= GONE_MAX + self.ordered // 16:
-            return
-        c = self.columns
-        there = np.array(sorted(self.row_of.values(), key=self.nodes.__getitem__), np.intp)
-        rows = there[np.lexsort((c.prompt_price[there], c.output_price[there]))]
-        count = len(rows)
-        for column in c:
-            column[:count] = column[rows]
-        self.nodes = [self.nodes[row] for row in rows]
-        self.row_of = {node_id: row for row, node_id in enumerate(self.nodes)}
-        self.ordered, self.gone = count, 0
-        floors = np.minimum.accumulate(np.minimum(c.prompt_price[:count], c.cached_price[:count])[::-1])[::-1]
-        self.cheapest_prompt = floors
-        self.quick = np.sort(np.argsort(-c.decode[:count], kind="stable")[:QUICK_ROWS])
-
-    # what happens to calls
     def book(self, booking_id: str, booking: Booking) -> None:
         self.bookings.setdefault(booking.node_id, {})[booking_id] = booking
         self._recount(booking.node_id, now_s=booking.began_s)
@@ -194,10 +87,22 @@ class Shelf:
         row = self.row_of.get(booking.node_id)
         if row is None:
             return
-        if tokens is not None and booking.first_s is not None and tokens > learn.STEPS_MIN:
+        if tokens is not None and not booking.tells_first:
+            self._learn_whole(row, booking, tokens, now_s)
+        elif tokens is not None and booking.first_s is not None and tokens > learn.STEPS_MIN:
             took = now_s - booking.first_s - float(self.columns.rtt_s[row]) / 2
             learn.learn_writing(self.columns, row, learn.Writing(took / (tokens - 1), booking.streams), now_s=now_s)
         self._recount(booking.node_id, now_s=now_s)
+
+    def _learn_whole(self, row: int, booking: Booking, tokens: int, now_s: float) -> None:
+        """An answer that came in one piece: its writing took what its prompt can't have taken."""
+        took = now_s - booking.began_s - float(self.columns.rtt_s[row])
+        if tokens > learn.STEPS_MIN and took > booking.first_in_s:
+            step = (took - booking.first_in_s) / (tokens - 1)
+            learn.learn_writing(self.columns, row, learn.Writing(step, booking.streams), now_s=now_s)
+        elif not booking.waits:
+            reading = learn.Reading(booking.prompt, took - float(self.columns.load_s[row]), bool(self.columns.streams[row] > 0))
+            learn.learn_reading(self.columns, row, reading, now_s=now_s)
 
     def heard(self, node_id: NodeId, *, running: int, ours: int, now_s: float) -> None:
         """A heartbeat: the offer runs so many calls, of which `ours` were this gateway's when it was sent."""
@@ -234,7 +139,6 @@ class Shelf:
         over = len(mine) - int(c.slots[row])
         c.slot_s[row] = sorted(one.end_s for one in mine)[over] if over >= 0 and over < len(mine) else 0.0
 
-    # what follows from it, now and then
     def refresh(self, *, now_s: float) -> None:
         """Put the shelf in order, look for what is overdue, and see what the machines' time is worth."""
         self.order()
@@ -246,6 +150,10 @@ class Shelf:
             self.dear_prompt = float(self.columns.prompt_price[:count][there].max())
             self.dear_output = float(self.columns.output_price[:count][there].max())
         for node_id, mine in self.bookings.items():
+            for one in mine.values():
+                if not one.tells_first and one.first_s is None and now_s > one.began_s + one.first_in_s:
+                    one.first_s = now_s  # nobody tells when its prompt was read
+                    self._recount(node_id, now_s=now_s)
             reading = [one for one in mine.values() if one.first_s is None]
             row, c = self.row_of.get(node_id), self.columns
             if row is not None and reading and not reading[0].waits:
@@ -268,24 +176,5 @@ class Shelf:
         """A call that this model is asked for."""
         self.wanted.append(wanted)
         self.asked_s.append(now_s)
-        self.prompt_mean += 0.02 * (wanted.prompt - self.prompt_mean)
-        self.output_mean += 0.02 * (wanted.output - self.output_mean)
-
-
-def slope_of(offer: Offer) -> float:
-    """How much longer a step takes with each further stream, from the node's benchmark with several; 1 if there was none."""
-    speed = offer.speed
-    found = [
-        (streams * speed.decode_tokens_per_s / rate - 1.0) / (streams - 1)
-        for streams, rate in speed.decode_by_streams
-        if streams > 1 and rate > 0 and speed.decode_tokens_per_s > 0
-    ]
-    return min(1.0, max(0.0, found[-1])) if found else 1.0
-
-
-def part_ends(count: int) -> list[int]:
-    """Where the parts end in which so many rows are looked at."""
-    ends = [end for end in PARTS if end < count]
-    while (ends[-1] if ends else 0) < count:
-        ends.append(min(count, 4 * ends[-1]) if len(ends) >= len(PARTS) else count)
-    return ends
+        self.prompt_mean += MEAN_RATE * (wanted.prompt - self.prompt_mean)
+        self.output_mean += MEAN_RATE * (wanted.output - self.output_mean)

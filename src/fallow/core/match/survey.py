@@ -14,13 +14,16 @@ from fallow.core.match.market import Market, warm_column
 from fallow.core.match.predict import Targets, Times
 from fallow.core.match.price import MUNIT
 from fallow.core.match.rent import Wanted
-from fallow.core.match.shelf import GONE, PARTS, Shelf
+from fallow.core.match.rows import GONE, PARTS
+from fallow.core.match.shelf import Shelf
 from fallow.model.call import Call
 from fallow.model.ids import NodeId
 from fallow.model.needs import Ring
 
 MISS_FACTOR = 4.0
 """A call that misses its needs is worth nothing and is bought again, at worst at so many times the dearest offer's price."""
+PROMPT_SURE = 0.3
+"""The part of an estimated prompt that it has at least: a call isn't refused for a guess. What embeds takes many short texts."""
 FLEX_QUEUE_S = 2.0
 """A call that can wait doesn't stand in the way of others: it goes where little is queued."""
 
@@ -91,7 +94,7 @@ def targets_of(call: Call, now: Moment, *, writes: bool) -> Targets:
 def question(call: Call, market: Market, shelf: Shelf, *, tried: Collection[NodeId], now: Moment, trusts_cards: bool = False) -> Question:
     """The call put as a question to the offers of a shelf."""
     needs = call.needs
-    prompt = market.prompt_tokens(call)
+    prompt = market.prompts.tokens(call)
     length = market.lengths.expected(call.key_id, shelf.model, limit=needs.output_tokens_max) if shelf.writes else NOTHING
     limit = math.inf if needs.output_tokens_max is None else float(needs.output_tokens_max)
     return Question(
@@ -105,7 +108,7 @@ def question(call: Call, market: Market, shelf: Shelf, *, tried: Collection[Node
         length=length,
         limit=limit if shelf.writes else 0.0,
         targets=targets_of(call, now, writes=shelf.writes),
-        warm=market.warm(call, shelf, prompt),
+        warm=market.warmth.of(call, shelf, prompt),
         tried=frozenset(row for node_id in tried if (row := shelf.row_of.get(node_id)) is not None),
         miss=MISS_FACTOR * (shelf.dear_prompt * prompt + shelf.dear_output * length.mean_tokens),
         now_s=now.at_s,
@@ -135,7 +138,7 @@ def look(q: Question, c: Columns, rows: Codes, warm: Floats | float) -> Look:
     rings = rings_of(c, own=q.own, partners=q.partners)
     ask = Ask(
         rings=needs.rings,
-        tokens=q.prompt,
+        tokens=PROMPT_SURE * q.prompt if q.shelf.writes else 0.0,
         output_price_max=None if needs.price_max_micro_per_munit is None else needs.price_max_micro_per_munit / MUNIT,
         cost_max=None if needs.cost_max_micro is None else float(needs.cost_max_micro),
         tried=[int(at) for row in q.tried for at in np.flatnonzero(rows == row)],

@@ -1,0 +1,145 @@
+"""The offers of one model in order of their price: rows are put, changed, dropped, and sorted now and then."""
+
+from collections import Counter
+
+import msgspec
+import numpy as np
+
+from fallow.core.match import learn, predict
+from fallow.core.match.columns import ROOM_FACTOR, Codes, Columns, Floats, make
+from fallow.model.ids import NodeId
+from fallow.model.offer import Load, Offer
+
+ROWS_MIN = 16
+TAIL_MAX = 64
+"""Offers that came since the rows were last put in order; all of them are looked at each time."""
+GONE_MAX = 16
+GONE = -1
+"""The row of an offer that went away."""
+PARTS = (128, 512, 2_048)
+"""The cheapest offers are looked at first; beyond these numbers each further part is four times as long."""
+QUICK_ROWS = 256
+"""Where speed matters more than cost, so many of the fastest are looked at first."""
+
+
+class Row(msgspec.Struct, frozen=True, kw_only=True):
+    """What is written into the columns of an offer besides what is learnt."""
+
+    offer: Offer
+    kind: int
+    org: int
+    serves: int
+    stop: int
+    load: Load
+    expires_s: float
+    rtt_s: float = 0.0
+
+
+class Rows:
+    """The offers in order of their price, with the newest at the end."""
+
+    def __init__(self, model: str) -> None:
+        self.model = model
+        self.nodes: list[NodeId] = []
+        self.row_of: dict[NodeId, int] = {}
+        self.columns: Columns = make(ROWS_MIN)
+        self.ordered = 0
+        self.gone = 0
+        self.orgs: Counter[int] = Counter()
+        self.cheapest_prompt: Floats = np.zeros(0)
+        self.quick: Codes = np.zeros(0, np.intp)
+        self.writes = True
+
+    def __len__(self) -> int:
+        return len(self.row_of)
+
+    def put(self, node_id: NodeId, row: Row, *, now_s: float) -> None:
+        """An offer is new, or something about it changed; what was learnt of it stays."""
+        old = self.row_of.get(node_id)
+        price = row.offer.price.output_micro_per_munit / 1e6
+        if old is not None and self.columns.output_price[old] == price:
+            self._write(old, row)
+            return
+        at = len(self.nodes)
+        if at >= len(self.columns.org):
+            self.columns = self.columns.grown(ROOM_FACTOR * at)
+        self.nodes.append(node_id)
+        self.row_of[node_id] = at
+        if old is None:
+            self._unlearn(at, row.offer, now_s)
+        else:  # another price is another place in the order
+            for column in self.columns:
+                column[at] = column[old]
+            self._leave_row(old)
+        self._write(at, row)
+        self.orgs[row.org] += 1
+
+    def _write(self, at: int, row: Row) -> None:
+        c, offer, speed = self.columns, row.offer, row.offer.speed
+        self.writes = speed.writes
+        c.prompt_price[at] = offer.price.prompt_micro_per_munit / 1e6
+        c.cached_price[at] = min(offer.price.cached_prompt_micro_per_munit, offer.price.prompt_micro_per_munit) / 1e6
+        c.output_price[at] = offer.price.output_micro_per_munit / 1e6
+        c.prefill[at] = max(predict.TOKENS_PER_S_MIN, speed.prefill_tokens_per_s or predict.PREFILL_TOKENS_PER_S_GUESS)
+        c.decode[at] = max(predict.TOKENS_PER_S_MIN, speed.decode_tokens_per_s or predict.DECODE_TOKENS_PER_S_GUESS)
+        c.slope[at] = slope_of(offer)
+        c.slots[at] = max(1, offer.slots)
+        c.room[at] = offer.slots + row.load.waiting_max
+        c.context[at] = offer.context_tokens
+        c.rtt_s[at] = row.rtt_s
+        c.kind[at], c.org[at], c.serves[at], c.stop[at] = row.kind, row.org, row.serves, row.stop
+        c.expires_s[at] = row.expires_s
+        c.load_s[at] = (row.load.ready_in_ms or 0) / 1000
+
+    def _unlearn(self, at: int, offer: Offer, now_s: float) -> None:
+        c = self.columns
+        for column in c:
+            column[at] = 0
+        measured = offer.speed.prefill_tokens_per_s > 0
+        c.prefill_var[at] = learn.PREFILL_VAR_MEASURED if measured else learn.PREFILL_VAR_GUESSED
+        c.decode_var[at] = learn.DECODE_VAR_MEASURED if measured else learn.DECODE_VAR_GUESSED
+        c.seen_s[at] = c.others_s[at] = now_s
+
+    def drop(self, node_id: NodeId) -> None:
+        """The node doesn't offer the model any more."""
+        at = self.row_of.pop(node_id, None)
+        if at is not None:
+            self._leave_row(at)
+
+    def _leave_row(self, at: int) -> None:
+        """Nobody's row any more, until the shelf is put in order."""
+        org = int(self.columns.org[at])
+        self.orgs[org] -= 1
+        if not self.orgs[org]:
+            del self.orgs[org]
+        self.columns.stop[at] = GONE
+        self.nodes[at] = NodeId("")
+        self.gone += 1
+
+    def order(self) -> None:
+        """Put the rows in order of their price; ties by id, so that every gateway has the same order."""
+        if len(self.nodes) - self.ordered <= TAIL_MAX and self.gone <= GONE_MAX + self.ordered // 16:
+            return
+        c = self.columns
+        there = np.array(sorted(self.row_of.values(), key=self.nodes.__getitem__), np.intp)
+        rows = there[np.lexsort((c.prompt_price[there], c.output_price[there]))]
+        count = len(rows)
+        for column in c:
+            column[:count] = column[rows]
+        self.nodes = [self.nodes[row] for row in rows]
+        self.row_of = {node_id: row for row, node_id in enumerate(self.nodes)}
+        self.ordered, self.gone = count, 0
+        floors = np.minimum.accumulate(np.minimum(c.prompt_price[:count], c.cached_price[:count])[::-1])[::-1]
+        self.cheapest_prompt = floors
+        self.quick = np.sort(np.argsort(-c.decode[:count], kind="stable")[:QUICK_ROWS])
+
+
+def slope_of(offer: Offer) -> float:
+    """How much longer a step takes with each further stream, from the node's benchmark with several; 1 if there was none."""
+    speed = offer.speed
+    found = [
+        (streams * speed.decode_tokens_per_s / rate - 1.0) / (streams - 1)
+        for streams, rate in speed.decode_by_streams
+        if streams > 1 and rate > 0 and speed.decode_tokens_per_s > 0
+    ]
+    return min(1.0, max(0.0, found[-1])) if found else 1.0
