@@ -1,12 +1,13 @@
 """Where a call goes: the offer that is likely to meet its needs at the least cost, or why there is none."""
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from fallow.core.match import explain, pick, survey
+from fallow.core.match.columns import Floats
 from fallow.core.match.filter import RINGS
 from fallow.core.match.market import Market
 from fallow.core.match.price import rounded
@@ -31,7 +32,8 @@ def match(call: Call, market: Market, *, tried: Collection[NodeId] = (), now: Mo
     questions = ask(call, market, tried=tried, now=now, trusts_cards=luck < pick.EXPLORE and not call.needs.strict)
     looks: list[Look] = []
     for ring in RINGS:
-        best = _cheapest([look for q in questions for look in _worth(survey.pool(q, ring), looks)])
+        found = [best for q in questions for best in _worth(survey.pool(q, ring), looks)]
+        best = min(found, key=lambda one: (one.score, one.look.node_id(one.at)), default=None)
         if best is not None:
             wait = _patience(call, looks, best, now)
             return wait or _place(best, luck, looks)
@@ -60,50 +62,39 @@ def quotes(call: Call, market: Market, *, now: Moment) -> tuple[tuple[Quote, ...
 
 
 class Best(NamedTuple):
-    """A look, and its row with the least score."""
+    """A look, its scores (infinite for offers that aren't able), and the row with the least."""
 
     look: Look
+    scores: Floats
     at: int
     score: float
 
 
-def _worth(pool: survey.Pool, looks: list[Look]) -> list[Look]:
-    """The parts of a pool that are worth a look: none whose every offer costs more than the best so far."""
-    seen: list[Look] = []
+def _worth(pool: survey.Pool, looks: list[Look]) -> Iterator[Best]:
+    """The best of each part of a pool, as long as a part can be worth a look: not if all it has costs more than the best so far."""
     least = math.inf
     for look in pool:
-        seen.append(look)
         looks.append(look)
-        if look.able.any():
-            least = min(least, float(look.score[look.able].min()))
+        scores = np.where(look.able, look.score, math.inf)
+        at = int(scores.argmin()) if len(scores) else 0
+        score = float(scores[at]) if len(scores) else math.inf
+        if score < math.inf:
+            yield Best(look, scores, at, score)
+            least = min(least, score)
         if survey.floor(look) > least * (1.0 + pick.NEAR):
             break
-    return seen
-
-
-def _cheapest(looks: Sequence[Look]) -> Best | None:
-    """The best able row; ties by id."""
-    best: Best | None = None
-    for look in looks:
-        if not look.able.any():
-            continue
-        scores = np.where(look.able, look.score, math.inf)
-        least = float(scores.min())
-        if best is None or least < best.score:
-            at = min(np.flatnonzero(scores == least), key=lambda at: look.node_id(int(at)))
-            best = Best(look, int(at), least)
-    return best
 
 
 def _place(best: Best, luck: float, looks: Sequence[Look]) -> Place:
-    look, able = best.look, sum(int(look.able.sum()) for look in looks)
-    at = pick.pick(look.score, look.able, look.times.first_s, look.node_id, luck=luck)
-    scores = np.where(look.able, look.score, math.inf)
-    scores[at] = math.inf
-    some = np.argpartition(scores, min(OTHERS_MAX, len(scores) - 1))[:OTHERS_MAX]
-    others = tuple(quote_of(look, int(one)) for one in some[np.argsort(scores[some])] if scores[one] < math.inf)
+    look, able = best.look, sum(int(np.count_nonzero(look.able)) for look in looks)
+    at = pick.pick(best.scores, look.times.first_s, look.node_id, best=best.at, luck=luck)
+    best.scores[at] = math.inf
+    some = np.argpartition(best.scores, OTHERS_MAX)[:OTHERS_MAX] if len(best.scores) > OTHERS_MAX else np.arange(len(best.scores))
+    others = sorted((float(best.scores[one]), look.node_id(int(one)), int(one)) for one in some if best.scores[one] < math.inf)
     quote = quote_of(look, at)
-    return Place(node_id=quote.node_id, quote=quote, why=_why(look, able), able=able, others=others)
+    return Place(
+        node_id=quote.node_id, quote=quote, why=_why(look, able), able=able, others=tuple(quote_of(look, one) for *_, one in others)
+    )
 
 
 def _why(look: Look, able: int) -> str:
@@ -151,17 +142,18 @@ def _second_best(call: Call, market: Market, questions: Sequence[Question], look
 
 def quote_of(look: Look, at: int) -> Quote:
     """An offer applied to the call's needs."""
-    t, shelf = look.times, look.question.shelf
+    t, kind, mean = look.times, look.kind(at), look.question.length.mean_tokens
+    first, step = float(t.first_s[at]), float(t.step_s[at])
     return Quote(
         node_id=look.node_id(at),
-        model=shelf.model,
-        hardware=look.question.kind_list[int(look.columns.kind[at])].hardware,
-        ring=RINGS[int(look.rings[at])],
-        region=look.question.kind_list[int(look.columns.kind[at])].region,
+        model=look.question.shelf.model,
+        hardware=kind.hardware,
+        ring=look.ring(at),
+        region=kind.region,
         cost_max_micro=rounded(float(look.cost_max[at])),
         cost_expected_micro=rounded(float(look.cost[at])),
-        first_token_in_ms=round(1000 * float(t.first_s[at])),
-        per_token_ms=round(1000 * float(t.step_s[at]), 3),
-        end_in_ms=round(1000 * float(t.first_s[at] + look.question.length.mean_tokens * t.step_s[at])),
+        first_token_in_ms=round(1000 * first),
+        per_token_ms=round(1000 * step, 3),
+        end_in_ms=round(1000 * (first + mean * step)),
         chance=round(float(look.chances[at]), 4),
     )

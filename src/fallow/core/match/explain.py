@@ -34,14 +34,12 @@ def _least(looks: Sequence[Look], code: int, of: Callable[[Look], np.ndarray[tup
 
 
 def _kinds(looks: Sequence[Look], code: int, what: str) -> str:
-    found = {
-        getattr(look.question.kind_list[int(kind)], what) for look in looks for kind in np.unique(look.columns.kind[look.codes == code])
-    }
+    found = {getattr(look.question.kind_list[int(kind)], what) for look in looks for kind in np.unique(look.facts.kind[look.codes == code])}
     return ", ".join(sorted(str(one) or "unknown" for one in found)[:NAMES_MAX])
 
 
 def _over_price(looks: Sequence[Look], code: int) -> str:
-    dearest = _least(looks, code, lambda look: look.columns.output_price * MICRO)
+    dearest = _least(looks, code, lambda look: look.facts.output_price * MICRO)
     return f"raise max_price: the cheapest is {_credits(dearest)}"
 
 
@@ -51,7 +49,7 @@ def _over_cost(looks: Sequence[Look], code: int) -> str:
 
 
 def _over_context(looks: Sequence[Look], code: int) -> str:
-    longest = -_least(looks, code, lambda look: -look.columns.context)
+    longest = -_least(looks, code, lambda look: -look.facts.context)
     return f"shorten the prompt: the longest context is {longest:.0f} tokens"
 
 

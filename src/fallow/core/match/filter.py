@@ -6,7 +6,7 @@ from typing import NamedTuple
 import msgspec
 import numpy as np
 
-from fallow.core.match.columns import Codes, Columns, Flags, Floats
+from fallow.core.match.columns import Codes, Facts, Floats
 from fallow.core.needs import country_of
 from fallow.model.call import Call
 from fallow.model.card import Card
@@ -51,6 +51,7 @@ class Kind(msgspec.Struct, frozen=True):
     quantisation: str
     refuses_organisations: frozenset[str]
     refuses_countries: frozenset[str]
+    serves: frozenset[Ring]
 
 
 def kind_of(card: Card, offer: Offer) -> Kind:
@@ -62,6 +63,7 @@ def kind_of(card: Card, offer: Offer) -> Kind:
         quantisation=offer.quantisation.casefold(),
         refuses_organisations=card.refuses_organisations,
         refuses_countries=card.refuses_countries,
+        serves=card.serves,
     )
 
 
@@ -76,21 +78,32 @@ class Sought(NamedTuple):
     countries: frozenset[str]
     hardware: HardwareKind | None
     isolation: Isolation | None
+    rings: frozenset[Ring]
 
 
 def sought_by(call: Call) -> Sought:
     needs = call.needs
     return Sought(
-        call.path, call.org_id, call.country, needs.quantisations, needs.regions, needs.countries, needs.hardware, needs.isolation
+        call.path,
+        call.org_id,
+        call.country,
+        needs.quantisations,
+        needs.regions,
+        needs.countries,
+        needs.hardware,
+        needs.isolation,
+        needs.rings,
     )
 
 
-def stopped_by(sought: Sought, kind: Kind) -> int:
-    """The first limit that stops offers of a kind, 0 if none does. Rings are looked at elsewhere: they depend on both sides."""
+def stopped_by(sought: Sought, kind: Kind, ring: Ring) -> int:
+    """The first limit that stops offers of a kind in a ring, 0 if none does."""
     if sought.path not in kind.paths:
         return CODE["path_not_offered"]
     if sought.quantisations and kind.quantisation not in sought.quantisations:
         return CODE["quantisation"]
+    if ring not in sought.rings or ring not in kind.serves:
+        return CODE["ring"]
     if sought.org_id in kind.refuses_organisations or sought.country in kind.refuses_countries:
         return CODE["lender_refuses"]
     if sought.regions and kind.region not in sought.regions:
@@ -111,60 +124,44 @@ def ring_of(org: OrgId, card_org: OrgId, partners: Collection[OrgId]) -> Ring:
     return "partner" if card_org in partners else "market"
 
 
-def rings_of(c: Columns, *, own: int, partners: Collection[int]) -> Codes:
+def rings_of(f: Facts, *, own: int, partners: Collection[int]) -> Codes:
     """The ring of each offer, as an index into RINGS."""
-    rings = np.full(len(c.org), MARKET, np.intp)
+    rings = np.full(len(f.org), MARKET, np.intp)
     for partner in partners:
-        rings[c.org == partner] = 1
-    rings[c.org == own] = 0
+        rings[f.org == partner] = 1
+    rings[f.org == own] = 0
     return rings
 
 
-def serve_mask(serves: Collection[Ring]) -> int:
-    """The rings that a card serves, as bits."""
-    return sum(1 << RINGS.index(ring) for ring in serves)
-
-
 class Ask(NamedTuple):
-    """The numbers that the remaining limits look at. `tried` are rows on which the call already failed."""
+    """The numbers that the remaining limits look at; None where a limit can't stop anything. `tried` are places in the arrays."""
 
-    rings: frozenset[Ring]
-    tokens: float
+    tokens: float | None
     output_price_max: float | None
     cost_max: float | None
     tried: Collection[int]
-    now_s: float
+    expired_s: float | None
 
 
-def codes(c: Columns, kinds: Codes, rings: Codes, cost: Floats, ask: Ask) -> Codes:
-    """The first limit that stops each offer, as numbered in CODE; `kinds` are those of stopped_by, `cost` is the most it can cost."""
-    found = np.zeros(len(c.kind), np.intp)
+def codes(f: Facts, outcomes: Codes, cost: Floats, ask: Ask) -> Codes:
+    """The first limit that stops each offer, as numbered in CODE; `outcomes` are those of stopped_by, `cost` is the most it can cost.
 
-    def stop(limit: str, where: Flags) -> None:
-        found[where & (found == 0)] = CODE[limit]
-
-    # From the last limit to the first would save the second condition, but most calls meet no limit at all.
-    early = kinds[c.kind]
-    if early.any():
-        before_rings = early < CODE["ring"]
-        found[before_rings] = early[before_rings]
-    allowed = np.array([ring in ask.rings for ring in RINGS])[rings] & ((c.serves >> rings) & 1).astype(np.bool_)
-    if not allowed.all():
-        stop("ring", ~allowed)
-    if early.any():
-        found = np.where((found == 0) & (early > 0), early, found)
-    expired = c.expires_s <= ask.now_s
-    if expired.any():
-        stop("offer_expired", expired)
-    if (short := c.context < ask.tokens).any():
-        stop("over_context", short)
-    if ask.output_price_max is not None:
-        stop("over_price", c.output_price > ask.output_price_max)
+    Written from the last limit to the first, so that an earlier one overwrites a later one.
+    """
+    found = np.where(f.held >= f.room, BUSY, 0)
+    found = np.where(f.stop != 0, f.stop, found)
+    for at in ask.tried:
+        found[at] = CODE["already_tried"]
     if ask.cost_max is not None:
-        stop("over_cost", cost > ask.cost_max)
-    for row in ask.tried:
-        found[row] = found[row] or CODE["already_tried"]
-    found = np.where(found == 0, c.stop, found) if c.stop.any() else found
-    if (busy := c.streams + c.reading + c.others >= c.room).any():
-        stop("busy", busy)
-    return found
+        found[cost > ask.cost_max] = CODE["over_cost"]
+    if ask.output_price_max is not None:
+        found[f.output_price > ask.output_price_max] = CODE["over_price"]
+    if ask.tokens is not None:
+        found[f.context < ask.tokens] = CODE["over_context"]
+    if ask.expired_s is not None:
+        found[f.expires_s <= ask.expired_s] = CODE["offer_expired"]
+    first: Codes = np.where(outcomes != 0, outcomes, found)
+    return first
+
+
+BUSY = CODE["busy"]

@@ -3,8 +3,10 @@
 import math
 from typing import NamedTuple
 
+import numpy as np
+
 from fallow.core.match.columns import Columns
-from fallow.core.match.predict import FORGET_S, SHARE
+from fallow.core.match.predict import SHARE, derive
 
 RATE = 0.1
 """How far a correction goes towards what was just seen; a surprise beyond SURPRISE goes half of the way."""
@@ -19,6 +21,9 @@ VAR_MIN, VAR_MAX = 0.0009, 1.0
 READ_S_MIN = 0.005
 STEPS_MIN = 8
 """Shorter answers say little about the time of a token."""
+FORGET_S = 900.0
+"""What was learnt of an offer fades with this time constant."""
+LOG_MIN = 1e-3
 OVERDUE = 3.0
 """A prompt that takes so many times longer than expected is evidence before it ends."""
 
@@ -50,43 +55,37 @@ def _variance(known: float, seen: float) -> float:
     return max(VAR_MIN, min(VAR_MAX, known + VAR_RATE * (min(seen * seen, VAR_MAX) - known)))
 
 
-def _faded(c: Columns, row: int, now_s: float) -> float:
-    """What is left of earlier corrections."""
-    return math.exp(min(0.0, (c.seen_s[row] - now_s) / FORGET_S))
-
-
-def learn_reading(c: Columns, row: int, reading: Reading, *, now_s: float) -> None:
+def learn_reading(c: Columns, row: int, reading: Reading) -> None:
     """A prompt was read."""
     if reading.took_s < READ_S_MIN:
         return
-    fade = _faded(c, row, now_s)
-    known = c.prefill_log[row] * fade
-    rate = c.prefill[row] * math.exp(known) * (SHARE if reading.shared else 1.0)
+    rate = c.prefill[row] * math.exp(c.prefill_log[row]) * (SHARE if reading.shared else 1.0)
     seen = _clipped(math.log(max(1e-9, reading.tokens / reading.took_s) / rate))
-    c.prefill_log[row] = _corrected(known, seen)
-    c.prefill_var[row] = _variance(c.prefill_var[row], seen)
-    c.decode_log[row] *= fade
-    c.seen_s[row] = now_s
+    c.prefill_log[row] = _corrected(float(c.prefill_log[row]), seen)
+    c.prefill_var[row] = _variance(float(c.prefill_var[row]), seen)
 
 
-def learn_writing(c: Columns, row: int, writing: Writing, *, now_s: float) -> None:
+def learn_writing(c: Columns, row: int, writing: Writing) -> None:
     """An answer came to its end."""
-    fade = _faded(c, row, now_s)
-    known = c.decode_log[row] * fade
-    expected = (1.0 + c.slope[row] * (writing.streams - 1.0)) / (c.decode[row] * math.exp(known))
+    expected = (1.0 + c.slope[row] * (writing.streams - 1.0)) / (c.decode[row] * math.exp(c.decode_log[row]))
     seen = _clipped(math.log(expected / max(1e-9, writing.step_s)))
-    c.decode_log[row] = _corrected(known, seen)
-    c.decode_var[row] = _variance(c.decode_var[row], seen)
-    c.prefill_log[row] *= fade
-    c.seen_s[row] = now_s
+    c.decode_log[row] = _corrected(float(c.decode_log[row]), seen)
+    c.decode_var[row] = _variance(float(c.decode_var[row]), seen)
 
 
-def learn_overdue(c: Columns, row: int, *, tokens: float, waited_s: float, now_s: float) -> None:
+def learn_overdue(c: Columns, row: int, *, tokens: float, waited_s: float) -> None:
     """A prompt is being read for so long already: the machine is no faster than that."""
-    fade = _faded(c, row, now_s)
-    known = c.prefill_log[row] * fade
-    rate = SHARE * c.prefill[row] * math.exp(known)
+    rate = SHARE * c.prefill[row] * math.exp(c.prefill_log[row])
     if waited_s > OVERDUE * tokens / rate + 1.0:
-        c.prefill_log[row] = max(known - STEP_MOST, math.log(max(1e-9, tokens / waited_s) / (SHARE * c.prefill[row])))
-        c.decode_log[row] *= fade
-        c.seen_s[row] = now_s
+        slower = math.log(max(1e-9, tokens / waited_s) / (SHARE * c.prefill[row]))
+        c.prefill_log[row] = max(float(c.prefill_log[row]) - STEP_MOST, slower)
+
+
+def forget(c: Columns, *, passed_s: float) -> None:
+    """What was learnt fades, and with it what follows from it."""
+    known = np.flatnonzero((np.abs(c.prefill_log) > LOG_MIN) | (np.abs(c.decode_log) > LOG_MIN))
+    if len(known):
+        fade = math.exp(-passed_s / FORGET_S)
+        c.prefill_log[known] *= fade
+        c.decode_log[known] *= fade
+        derive(c, known)

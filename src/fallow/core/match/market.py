@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from fallow.core.match.columns import Codes, Floats
-from fallow.core.match.filter import CODE, Kind, Sought, kind_of, serve_mask, stopped_by
+from fallow.core.match.filter import CODE, RINGS, Kind, Sought, kind_of, stopped_by
 from fallow.core.match.keys import Prompts, Warmth
 from fallow.core.match.lengths import Lengths
 from fallow.core.match.rent import Wanted
@@ -59,7 +59,6 @@ class Market:
             load=load,
             kind=self._kind(kind_of(card, offer)),
             org=self.org(card.org_id),
-            serves=serve_mask(card.serves),
             stop=stop,
             expires_s=expires_s,
             rtt_s=rtt_s,
@@ -118,12 +117,12 @@ class Market:
         return number
 
     def outcomes(self, sought: Sought) -> Codes:
-        """What stops offers of each kind; see filter.stopped_by."""
+        """What stops offers of each ring and kind; see filter.stopped_by."""
         known = self._outcomes.get(sought)
-        have = 0 if known is None else len(known)
+        have = 0 if known is None else known.shape[1]
         if known is None or have < len(self.kinds):
-            more = np.array([stopped_by(sought, kind) for kind in self.kinds[have:]], np.intp)
-            known = more if known is None else np.concatenate([known, more])
+            more = np.array([[stopped_by(sought, kind, ring) for kind in self.kinds[have:]] for ring in RINGS], np.intp)
+            known = more if known is None else np.concatenate([known, more], axis=1)
             self._outcomes[sought] = known
             if len(self._outcomes) > FILTERS_MAX:
                 self._outcomes.popitem(last=False)

@@ -1,18 +1,19 @@
 """Which of the offers is taken."""
 
-import math
 from collections.abc import Callable
 from hashlib import blake2b
 
 import numpy as np
 
-from fallow.core.match.columns import Flags, Floats
+from fallow.core.match.columns import Floats
 from fallow.model.ids import CallId, GatewayId
 
 CHANCE_MIN = 0.95
 """An offer meets a call's needs if its chance to do so is at least this."""
 NEAR = 0.02
 """Offers that cost so much more than the best are as good; of two of them the less busy is taken, so that gateways don't herd."""
+NAMED_MAX = 64
+"""More of the near-best are drawn from as they stand on the shelf, which is the order of their prices."""
 EXPLORE = 0.01
 """The share of calls that believe what a node says of itself, so that one that was slow for a while is seen again."""
 
@@ -23,18 +24,16 @@ def draw(gateway_id: GatewayId, call_id: CallId, attempt: int) -> float:
     return int.from_bytes(digest, "big") / 2**64
 
 
-def pick(score: Floats, able: Flags, busy: Floats, name: Callable[[int], str], *, luck: float) -> int:
-    """The row with the least score among those that are able; of two drawn from the near-best the less busy; ties by id.
+def pick(scores: Floats, sooner: Floats, name: Callable[[int], str], *, best: int, luck: float) -> int:
+    """The row with the least score; of two drawn from the near-best the one that begins sooner; ties by id.
 
-    At least one must be able.
+    `best` is a row with the least score, which is finite; rows that aren't able have an infinite one.
     """
-    scores = np.where(able, score, math.inf)
-    best = int(scores.argmin())
     least = float(scores[best])
     near = np.flatnonzero(scores <= least + NEAR * abs(least))
     if len(near) == 1:
         return best
-    rows = sorted((int(row) for row in near), key=name) if len(near) <= 64 else [int(row) for row in near]
+    rows = sorted(near.tolist(), key=name) if len(near) <= NAMED_MAX else near.tolist()
     first = int(luck * len(rows))
     second = (first + 1 + int((luck * len(rows) - first) * (len(rows) - 1))) % len(rows)
-    return min(rows[first], rows[second], key=lambda row: (busy[row], scores[row], name(row)))
+    return min(rows[first], rows[second], key=lambda row: (sooner[row], scores[row], name(row)))

@@ -7,11 +7,11 @@ by what was seen (learn.py).
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from fallow.core.match.columns import Columns, Flags, Floats
+from fallow.core.match.columns import Columns, Facts, Flags, Floats
 from fallow.core.match.lengths import Length
 
 PREFILL_TOKENS_PER_S_GUESS = 50.0
@@ -27,9 +27,7 @@ QUEUE_VAR = 0.04
 WAIT_SD = 0.8
 """Relative error of the time until a slot is free: it depends on how long others' answers become."""
 LEAST_SD_S = 0.02
-FORGET_S = 900.0
-"""What was learnt of an offer fades with this time constant while nothing new is heard of it."""
-STEP_MOST_SD = 1.0
+DERIVED = ("held", "rate", "step", "spread", "ahead_s", "queue_rest", "queue_until", "token_work")
 PHI_CUBE, PHI_LINE = 0.070566, 1.5976
 """The normal distribution's function as a logistic one, off by 2e-4 at most (Bowling et al. 2009)."""
 SURE_Z = 8.0
@@ -62,30 +60,48 @@ def phi(z: Floats) -> Floats:
     return below
 
 
-def times(c: Columns, *, prompt: float, warm: Floats | float, output_mean: float, now_s: float, trusts_cards: bool = False) -> Times:
-    """What to expect of each offer if a prompt of so many tokens, `warm` of them known there, were sent now.
-
-    `trusts_cards` forgets what was learnt: for the few calls that find out whether a slow node has recovered.
-    """
-    fade = 0.0 if trusts_cards else np.exp((c.seen_s - now_s) / FORGET_S)
-    prefill = c.prefill * np.exp(c.prefill_log * fade)
-    writing = c.streams + c.others
-    held = writing + c.reading
-    alone = np.where(writing > 0, SHARE * prefill, prefill)
-    rate = np.where(held > 0, SHARE * prefill, prefill)
-    begun = np.maximum(0.0, now_s - c.head_s) * alone
-    queue = np.maximum(0.0, c.head - begun) / alone + np.maximum(0.0, c.unread - c.head) / (SHARE * prefill)
-    queue += np.maximum(0.0, c.others_unread - np.maximum(0.0, now_s - c.others_s) * alone) / rate
-    streams = np.minimum(c.slots, held + 1.0)
-    step = (1.0 + c.slope * (streams - 1.0)) / (c.decode * np.exp(c.decode_log * fade))
-    is_full = held >= c.slots
-    wait: Floats | float = 0.0
+def times(f: Facts, *, prompt: float, warm: Floats | float, output_mean: float, now_s: float) -> Times:
+    """What to expect of each offer if a prompt of so many tokens, `warm` of them known there, were sent now."""
+    queue = np.maximum(f.queue_until - now_s, f.queue_rest)
+    read = (prompt - warm) / f.rate
+    first = f.ahead_s + queue + read
+    variance = read * read * f.prefill_var + queue * queue * (f.prefill_var + QUEUE_VAR)
+    is_full = f.held >= f.slots
     if is_full.any():
-        life = output_mean * step / np.maximum(1.0, c.slots)
-        wait = np.where(is_full, np.maximum(np.where(c.others > 0, life * (held - c.slots + 1.0), c.slot_s - now_s), life), 0.0)
-    read = (prompt - warm) / rate
-    sd = np.sqrt(read**2 * c.prefill_var + queue**2 * (c.prefill_var + QUEUE_VAR) + (WAIT_SD * wait) ** 2 + LEAST_SD_S**2)
-    return Times(c.rtt_s + c.load_s + wait + queue + read, sd, read, queue, step, np.sqrt(c.decode_var))
+        life = output_mean * f.step / f.slots
+        wait = np.where(is_full, np.maximum(f.slot_s - now_s, life * (f.held - f.slots + 1.0)), 0.0)
+        first += wait
+        variance += (WAIT_SD * wait) ** 2
+    return Times(first, np.sqrt(variance + LEAST_SD_S**2), read, queue, f.step, f.spread)
+
+
+def derive(c: Columns, at: Any) -> None:
+    """Write what follows from the other columns, for a row or some: what a new call gets there."""
+    prefill = c.prefill[at] * np.exp(c.prefill_log[at])
+    decode = c.decode[at] * np.exp(c.decode_log[at])
+    writing = c.streams[at] + c.others[at]
+    held = writing + c.reading[at]
+    shared = SHARE * prefill
+    alone = np.where(writing > 0, shared, prefill)
+    c.held[at] = held
+    c.rate[at] = np.where(held > 0, shared, prefill)
+    c.step[at] = (1.0 + c.slope[at] * (np.minimum(c.slots[at], held + 1.0) - 1.0)) / decode
+    c.spread[at] = np.sqrt(c.decode_var[at])
+    c.ahead_s[at] = c.rtt_s[at] + c.load_s[at]
+    c.queue_rest[at] = np.maximum(0.0, c.unread[at] - c.head[at]) / shared
+    mine = np.where(c.reading[at] > 0, c.head_s[at] + c.head[at] / alone + c.queue_rest[at], 0.0)
+    theirs = np.where(c.others_unread[at] > 0, c.others_s[at] + c.others_unread[at] / shared, 0.0)
+    c.queue_until[at] = np.where(mine > 0, mine + c.others_unread[at] / shared, theirs)
+    c.token_work[at] = (c.slope[at] + (1.0 - c.slope[at]) / c.slots[at]) / c.decode[at]
+
+
+def as_cards_say(c: Columns) -> Columns:
+    """The same offers without what was learnt of them: for the few calls that find out whether a slow node has recovered."""
+    fresh = c._replace(**{name: getattr(c, name).copy() for name in (*DERIVED, "prefill_log", "decode_log")})
+    fresh.prefill_log[:] = 0.0
+    fresh.decode_log[:] = 0.0
+    derive(fresh, slice(None))
+    return fresh
 
 
 def chance(t: Times, targets: Targets, length: Length, *, limit: float) -> Floats:

@@ -2,7 +2,7 @@
 
 import math
 
-from fallow.core.match.columns import Columns, Floats
+from fallow.core.match.columns import Facts, Floats
 from fallow.core.match.predict import Times
 
 MUNIT = 1_000_000
@@ -10,22 +10,22 @@ PROMPT_MARGIN = 1.5
 """A prompt is estimated from its bytes; a quote covers one that has so many times the tokens. Nothing above a quote is charged."""
 
 
-def expected(c: Columns, *, prompt: float, warm: Floats | float, output: float) -> Floats:
+def expected(c: Facts, *, prompt: float, warm: Floats | float, output: float) -> Floats:
     """Micro-credits that the call will probably cost."""
     return c.prompt_price * (prompt - warm) + c.cached_price * warm + c.output_price * output
 
 
-def most(c: Columns, *, prompt: float, limit: Floats | float) -> Floats:
+def most(c: Facts, *, prompt: float, limit: Floats | float) -> Floats:
     """Micro-credits that the call can cost at most, if nothing is cached and the answer is as long as it can be."""
     return c.prompt_price * (PROMPT_MARGIN * prompt) + c.output_price * limit
 
 
-def work_s(c: Columns, t: Times, *, output: float) -> Floats:
+def work_s(c: Facts, t: Times, *, output: float) -> Floats:
     """Seconds of the whole machine that the call takes: what it reads alone, and its part of steps shared with others.
 
     A stream's part of a step with m streams is slope + (1 - slope) / m; m is taken as the slots, as on a busy machine.
     """
-    return t.read_s + output / c.decode * (c.slope + (1.0 - c.slope) / c.slots)
+    return t.read_s + output * c.token_work
 
 
 def rounded(cost: float) -> int:

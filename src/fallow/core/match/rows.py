@@ -1,5 +1,6 @@
 """The offers of one model in order of their price: rows are put, changed, dropped, and sorted now and then."""
 
+import math
 from collections import Counter
 
 import msgspec
@@ -16,9 +17,9 @@ TAIL_MAX = 64
 GONE_MAX = 16
 GONE = -1
 """The row of an offer that went away."""
-PARTS = (128, 512, 2_048)
-"""The cheapest offers are looked at first; beyond these numbers each further part is four times as long."""
-QUICK_ROWS = 256
+PARTS = (512, *(8 * 512 * 4**more for more in range(12)))
+"""The cheapest offers are looked at first; this is where the parts end."""
+QUICK_ROWS = 64
 """Where speed matters more than cost, so many of the fastest are looked at first."""
 
 
@@ -28,7 +29,6 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     offer: Offer
     kind: int
     org: int
-    serves: int
     stop: int
     load: Load
     expires_s: float
@@ -49,6 +49,8 @@ class Rows:
         self.cheapest_prompt: Floats = np.zeros(0)
         self.quick: Codes = np.zeros(0, np.intp)
         self.writes = True
+        self.expires_s = self.context = math.inf
+        """No offer expires sooner, or takes less."""
 
     def __len__(self) -> int:
         return len(self.row_of)
@@ -87,9 +89,11 @@ class Rows:
         c.room[at] = offer.slots + row.load.waiting_max
         c.context[at] = offer.context_tokens
         c.rtt_s[at] = row.rtt_s
-        c.kind[at], c.org[at], c.serves[at], c.stop[at] = row.kind, row.org, row.serves, row.stop
+        c.kind[at], c.org[at], c.stop[at] = row.kind, row.org, row.stop
         c.expires_s[at] = row.expires_s
         c.load_s[at] = (row.load.ready_in_ms or 0) / 1000
+        self.expires_s = min(self.expires_s, row.expires_s)
+        self.context = min(self.context, float(offer.context_tokens))
 
     def _unlearn(self, at: int, offer: Offer, now_s: float) -> None:
         c = self.columns
@@ -98,7 +102,7 @@ class Rows:
         measured = offer.speed.prefill_tokens_per_s > 0
         c.prefill_var[at] = learn.PREFILL_VAR_MEASURED if measured else learn.PREFILL_VAR_GUESSED
         c.decode_var[at] = learn.DECODE_VAR_MEASURED if measured else learn.DECODE_VAR_GUESSED
-        c.seen_s[at] = c.others_s[at] = now_s
+        c.others_s[at] = now_s
 
     def drop(self, node_id: NodeId) -> None:
         """The node doesn't offer the model any more."""
@@ -129,6 +133,8 @@ class Rows:
         self.nodes = [self.nodes[row] for row in rows]
         self.row_of = {node_id: row for row, node_id in enumerate(self.nodes)}
         self.ordered, self.gone = count, 0
+        self.expires_s = float(c.expires_s[:count].min(initial=math.inf))
+        self.context = float(c.context[:count].min(initial=math.inf))
         floors = np.minimum.accumulate(np.minimum(c.prompt_price[:count], c.cached_price[:count])[::-1])[::-1]
         self.cheapest_prompt = floors
         self.quick = np.sort(np.argsort(-c.decode[:count], kind="stable")[:QUICK_ROWS])

@@ -15,6 +15,7 @@ OVERRUN = 1.1
 OVERDUE_S = 0.5
 PROMPT_MEAN_TOKENS = 500.0
 MEAN_RATE = 0.02
+SHARE_RATE = 0.01
 
 
 class Booking(msgspec.Struct, kw_only=True):
@@ -45,6 +46,7 @@ class Shelf(Rows):
         self.prompt_mean, self.output_mean = PROMPT_MEAN_TOKENS, predict.OUTPUT_TOKENS_GUESS
         self.share = 1.0
         """The part of what the offers run that is this gateway's."""
+        self._refreshed_s = 0.0
 
     def put(self, node_id: NodeId, row: Row, *, now_s: float) -> None:
         super().put(node_id, row, now_s=now_s)
@@ -74,7 +76,7 @@ class Shelf(Rows):
         if not booking.waits and not queued:
             took = now_s - start - float(c.rtt_s[row]) - float(c.load_s[row])
             reading = learn.Reading(booking.prompt, took, bool(c.streams[row] > 0))
-            learn.learn_reading(c, row, reading, now_s=now_s)
+            learn.learn_reading(c, row, reading)
         booking.first_s = now_s
         step = (1.0 + c.slope[row] * (min(c.slots[row], len(self.bookings[booking.node_id])) - 1.0)) / c.decode[row]
         booking.end_s = now_s + OVERRUN * booking.output * step * math.exp(-c.decode_log[row])
@@ -91,7 +93,7 @@ class Shelf(Rows):
             self._learn_whole(row, booking, tokens, now_s)
         elif tokens is not None and booking.first_s is not None and tokens > learn.STEPS_MIN:
             took = now_s - booking.first_s - float(self.columns.rtt_s[row]) / 2
-            learn.learn_writing(self.columns, row, learn.Writing(took / (tokens - 1), booking.streams), now_s=now_s)
+            learn.learn_writing(self.columns, row, learn.Writing(took / (tokens - 1), booking.streams))
         self._recount(booking.node_id, now_s=now_s)
 
     def _learn_whole(self, row: int, booking: Booking, tokens: int, now_s: float) -> None:
@@ -99,10 +101,10 @@ class Shelf(Rows):
         took = now_s - booking.began_s - float(self.columns.rtt_s[row])
         if tokens > learn.STEPS_MIN and took > booking.first_in_s:
             step = (took - booking.first_in_s) / (tokens - 1)
-            learn.learn_writing(self.columns, row, learn.Writing(step, booking.streams), now_s=now_s)
+            learn.learn_writing(self.columns, row, learn.Writing(step, booking.streams))
         elif not booking.waits:
             reading = learn.Reading(booking.prompt, took - float(self.columns.load_s[row]), bool(self.columns.streams[row] > 0))
-            learn.learn_reading(self.columns, row, reading, now_s=now_s)
+            learn.learn_reading(self.columns, row, reading)
 
     def heard(self, node_id: NodeId, *, running: int, ours: int, now_s: float) -> None:
         """A heartbeat: the offer runs so many calls, of which `ours` were this gateway's when it was sent."""
@@ -116,8 +118,9 @@ class Shelf(Rows):
         came = max(0.0, others - float(c.others[row]))
         c.others_unread[row] = min(left + came * self.prompt_mean, others * self.prompt_mean)
         c.others[row], c.others_s[row] = others, now_s
+        predict.derive(c, row)
         if running:
-            self.share += 0.01 * (ours / running - self.share)
+            self.share += SHARE_RATE * (ours / running - self.share)
 
     def _recount(self, node_id: NodeId, now_s: float | None = None) -> None:
         """Write what this gateway has on a node into its columns."""
@@ -138,6 +141,7 @@ class Shelf(Rows):
             c.head_s[row] = max(reading[0].began_s, latest if now_s is None else now_s)
         over = len(mine) - int(c.slots[row])
         c.slot_s[row] = sorted(one.end_s for one in mine)[over] if over >= 0 and over < len(mine) else 0.0
+        predict.derive(c, row)
 
     def refresh(self, *, now_s: float) -> None:
         """Put the shelf in order, look for what is overdue, and see what the machines' time is worth."""
@@ -158,7 +162,10 @@ class Shelf(Rows):
             row, c = self.row_of.get(node_id), self.columns
             if row is not None and reading and not reading[0].waits:
                 began = max(reading[0].began_s, float(c.head_s[row])) + OVERDUE_S + float(c.load_s[row])
-                learn.learn_overdue(c, row, tokens=reading[0].prompt, waited_s=now_s - began, now_s=now_s)
+                learn.learn_overdue(c, row, tokens=reading[0].prompt, waited_s=now_s - began)
+                predict.derive(c, row)
+        learn.forget(self.columns.part(0, count), passed_s=max(0.0, now_s - self._refreshed_s))
+        self._refreshed_s = now_s
         self._draw_rents(now_s)
 
     def _draw_rents(self, now_s: float) -> None:

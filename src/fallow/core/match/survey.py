@@ -7,8 +7,8 @@ from typing import NamedTuple
 import numpy as np
 
 from fallow.core.match import pick, predict, price
-from fallow.core.match.columns import Codes, Columns, Flags, Floats
-from fallow.core.match.filter import CODE, Ask, Kind, codes, rings_of, sought_by
+from fallow.core.match.columns import Codes, Facts, Flags, Floats
+from fallow.core.match.filter import CODE, MARKET, RINGS, Ask, Kind, codes, rings_of, sought_by
 from fallow.core.match.lengths import Length
 from fallow.core.match.market import Market, warm_column
 from fallow.core.match.predict import Targets, Times
@@ -47,7 +47,7 @@ class Question(NamedTuple):
 
     call: Call
     shelf: Shelf
-    kinds: Codes
+    outcomes: Codes
     kind_list: Sequence[Kind]
     own: int
     partners: frozenset[int]
@@ -66,9 +66,9 @@ class Look(NamedTuple):
     """Some rows of a shelf as the call sees them; `rows` are their places on the shelf."""
 
     question: Question
-    columns: Columns
+    facts: Facts
     rows: Codes
-    rings: Codes
+    rings: Codes | None
     codes: Codes
     times: Times
     chances: Floats
@@ -76,6 +76,12 @@ class Look(NamedTuple):
     cost_max: Floats
     score: Floats
     able: Flags
+
+    def ring(self, at: int) -> Ring:
+        return RINGS[MARKET if self.rings is None else int(self.rings[at])]
+
+    def kind(self, at: int) -> Kind:
+        return self.question.kind_list[int(self.facts.kind[at])]
 
     def node_id(self, at: int) -> NodeId:
         return self.question.shelf.nodes[int(self.rows[at])]
@@ -100,7 +106,7 @@ def question(call: Call, market: Market, shelf: Shelf, *, tried: Collection[Node
     return Question(
         call=call,
         shelf=shelf,
-        kinds=market.outcomes(sought_by(call)),
+        outcomes=market.outcomes(sought_by(call)),
         kind_list=market.kinds,
         own=market.org(call.org_id),
         partners=frozenset(market.org(org) for org in needs.partners),
@@ -126,35 +132,41 @@ def wanted(call: Call, market: Market, now: Moment) -> Wanted | None:
     return None
 
 
-def look(q: Question, c: Columns, rows: Codes, warm: Floats | float) -> Look:
+def look(q: Question, f: Facts, rows: Codes, warm: Floats | float) -> Look:
     """Ask the question of these rows."""
-    needs = q.call.needs
+    needs, shelf = q.call.needs, q.shelf
     output = q.length.mean_tokens
-    t = predict.times(c, prompt=q.prompt, warm=warm, output_mean=output, now_s=q.now_s, trusts_cards=q.trusts_cards)
+    t = predict.times(f, prompt=q.prompt, warm=warm, output_mean=output, now_s=q.now_s)
     chances = predict.chance(t, q.targets, q.length, limit=q.limit)
-    cost = price.expected(c, prompt=q.prompt, warm=warm, output=output)
-    limit = np.maximum(0.0, c.context - q.prompt) if q.limit == math.inf else q.limit
-    cost_max = price.most(c, prompt=q.prompt, limit=limit)
-    rings = rings_of(c, own=q.own, partners=q.partners)
+    cost = price.expected(f, prompt=q.prompt, warm=warm, output=output)
+    limit = np.maximum(0.0, f.context - q.prompt) if q.limit == math.inf else q.limit
+    cost_max = price.most(f, prompt=q.prompt, limit=limit)
+    if q.own in shelf.orgs or any(partner in shelf.orgs for partner in q.partners):
+        rings = rings_of(f, own=q.own, partners=q.partners)
+        outcomes = q.outcomes[rings, f.kind]
+    else:
+        rings = None
+        outcomes = q.outcomes[MARKET][f.kind]
+    tokens = PROMPT_SURE * q.prompt
     ask = Ask(
-        rings=needs.rings,
-        tokens=PROMPT_SURE * q.prompt if q.shelf.writes else 0.0,
+        tokens=tokens if shelf.writes and tokens > shelf.context else None,
         output_price_max=None if needs.price_max_micro_per_munit is None else needs.price_max_micro_per_munit / MUNIT,
         cost_max=None if needs.cost_max_micro is None else float(needs.cost_max_micro),
-        tried=[int(at) for row in q.tried for at in np.flatnonzero(rows == row)],
-        now_s=q.now_s,
+        tried=[int(at) for row in q.tried for at in np.flatnonzero(rows == row)] if q.tried else (),
+        expired_s=q.now_s if q.now_s >= shelf.expires_s else None,
     )
-    found = codes(c, q.kinds, rings, cost_max, ask)
-    able = (found == 0) & (chances >= pick.CHANCE_MIN)
+    found = codes(f, outcomes, cost_max, ask)
+    possible = found == 0
+    able = possible & (chances >= pick.CHANCE_MIN)
     if needs.service_tier == "flex":
-        able &= (t.queue_s < FLEX_QUEUE_S) & (c.streams + c.reading + c.others < c.slots)
+        able &= (t.queue_s < FLEX_QUEUE_S) & (f.held < f.slots)
     if needs.strict:
-        found[(found == 0) & ~able] = CODE["too_slow"]
+        found[possible & ~able] = CODE["too_slow"]
     if needs.prefer == "fast":
         score = t.first_s + output * t.step_s
     else:
-        score = cost + (1.0 - chances) * q.miss + c.rent * price.work_s(c, t, output=output)
-    return Look(q, c, rows, rings, found, t, chances, cost, cost_max, score, able)
+        score = cost + (1.0 - chances) * q.miss + f.rent * price.work_s(f, t, output=output)
+    return Look(q, f, rows, rings, found, t, chances, cost, cost_max, score, able)
 
 
 def pool(q: Question, ring: Ring) -> Iterator[Look]:
@@ -174,7 +186,8 @@ def pool(q: Question, ring: Ring) -> Iterator[Look]:
 
 def _picked(q: Question, rows: Codes) -> Look:
     warm: Floats | float = np.array([q.warm.get(int(row), 0.0) for row in rows]) if q.warm else 0.0
-    return look(q, q.shelf.columns.rows(rows), rows, warm)
+    columns = q.shelf.columns.part(0, len(q.shelf.nodes))
+    return look(q, (predict.as_cards_say(columns) if q.trusts_cards else columns).facts_of(rows), rows, warm)
 
 
 def _parts(q: Question) -> Iterator[Look]:
@@ -187,7 +200,7 @@ def _parts(q: Question) -> Iterator[Look]:
     if size:
         yield _part(q, begin, count)
     begin = 0
-    for end in (*PARTS, *(4 * PARTS[-1] * 4**more for more in range(16))):
+    for end in PARTS:
         if begin >= ordered:
             return
         yield _part(q, begin, min(end, ordered))
@@ -195,15 +208,17 @@ def _parts(q: Question) -> Iterator[Look]:
 
 
 def _part(q: Question, begin: int, end: int) -> Look:
-    return look(q, q.shelf.columns.part(begin, end), np.arange(begin, end), warm_column(q.warm, begin, end))
+    columns = q.shelf.columns
+    facts = predict.as_cards_say(columns.part(begin, end)).facts(0, end - begin) if q.trusts_cards else columns.facts(begin, end)
+    return look(q, facts, np.arange(begin, end), warm_column(q.warm, begin, end))
 
 
 def floor(look: Look) -> float:
     """The least that a call can cost beyond the rows that were just looked at; infinite if these were the last."""
     q = look.question
     shelf, begin, end = q.shelf, int(look.rows[0]), int(look.rows[-1]) + 1
-    if q.call.needs.prefer == "fast" and len(look.rows) != len(shelf.quick):
-        return 0.0
+    if q.call.needs.prefer == "fast":
+        return math.inf if look.able.any() and len(look.rows) == len(shelf.quick) else 0.0
     if begin >= shelf.ordered or end - begin != len(look.rows):  # newcomers, or rows of a ring: they come before the rest
         return 0.0
     if end >= shelf.ordered:
@@ -217,8 +232,8 @@ def least_when_quiet(look: Look) -> float:
     possible = (look.codes == 0) | (look.codes == CODE["busy"]) | (look.codes == CODE["too_slow"])
     if not possible.any():
         return math.inf
-    work = price.work_s(look.columns, look.times, output=q.length.mean_tokens)
-    return float((look.cost + look.columns.rent * work)[possible].min())
+    work = price.work_s(look.facts, look.times, output=q.length.mean_tokens)
+    return float((look.cost + look.facts.rent * work)[possible].min())
 
 
 def lateness(look: Look) -> Floats:
