@@ -13,6 +13,8 @@ from fallow.apps.gateway.history import ENDED_MAX, KEPT_MS, MODEL_CHARS_MAX, His
 from fallow.model import messages as m
 from fallow.model.errors import Failure
 from fallow.model.ids import CallId, NodeId, OrgId
+from fallow.model.offer import Price
+from fallow.model.quote import Place, Quote
 from fallow.model.receipt import Usage
 from fallow.model.views import CallView
 from fallow.wire.openai import CHAT
@@ -27,6 +29,28 @@ pytestmark = pytest.mark.anyio
 JSON_HEAD = m.Head(status=200, content_type="application/json", engine_us=5)
 EVENTS_HEAD = m.Head(status=200, content_type="text/event-stream", engine_us=5)
 HARDWARE = card_of("node-a").hardware.summary()
+PRICE = Price(prompt_micro_per_munit=9_021, cached_prompt_micro_per_munit=1_000, output_micro_per_munit=128_402)
+
+
+def quote_of(node_id: str, model: str = MODEL, cost_max_micro: int = 1_400) -> Quote:
+    return Quote(
+        node_id=NodeId(node_id),
+        model=model,
+        hardware="cpu",
+        ring="partner",
+        region="eu-de",
+        cost_max_micro=cost_max_micro,
+        cost_expected_micro=160,
+        first_token_in_ms=1_234,
+        per_token_ms=31.047,
+        end_in_ms=29_176,
+        chance=0.9731,
+    )
+
+
+def place_of(node_id: str, *others: Quote, **more: Any) -> Place:
+    why = "the least expected cost of 4 offers that were likely to meet the call's needs"
+    return Place(node_id=NodeId(node_id), quote=quote_of(node_id, **more), why=why, able=4, others=others)
 
 
 async def story(network: Network, call_id: str) -> Any:
@@ -47,8 +71,20 @@ async def test_a_call_that_went_well() -> None:
         told = await story(network, call.headers["fallow-call"])
         assert 0 <= told.pop("first_byte_ms") <= told.pop("total_ms")
         [attempt] = told.pop("attempts")
-        assert attempt.pop("ms") >= 0
-        assert attempt == {"node": "node-a", "hardware": HARDWARE, "code": None}
+        quote, ms = attempt.pop("quote"), attempt.pop("ms")
+        assert ms >= 0
+        assert attempt == {
+            "node": "node-a",
+            "hardware": HARDWARE,
+            "ring": "own",
+            "region": "here",
+            "code": None,
+            "why": "the least expected cost of 1 offers that were likely to meet the call's needs",
+            "others": [],
+        }
+        assert (quote["node"], quote["model"], quote["hardware"]) == ("node-a", MODEL, "cpu")
+        assert told.pop("predicted") == {"first_token_ms": quote["first_token_ms"], "end_ms": quote["end_ms"]}
+        assert told.pop("actual") == {"first_token_ms": None, "end_ms": ms}, "an answer in one piece doesn't tell when it began"
         assert told == {
             "id": call.headers["fallow-call"],
             "object": "fallow.call",
@@ -61,6 +97,9 @@ async def test_a_call_that_went_well() -> None:
             "prompt_tokens": 7,
             "cached_tokens": 2,
             "output_tokens": 3,
+            "cost": 0.0,
+            "waited_ms": None,
+            "wait_why": None,
         }
 
 
@@ -75,15 +114,18 @@ async def test_a_call_that_is_under_way() -> None:
             MODEL,
             *(None,) * 3,
         )
-        assert told["attempts"] == [{"node": "node-h", "hardware": HARDWARE, "code": None, "ms": None}]
+        assert [(one["node"], one["code"], one["ms"]) for one in told["attempts"]] == [("node-h", None, None)]
+        assert (told["actual"], told["cost"]) == ({"first_token_ms": None, "end_ms": None}, None)
         await node.say(request, m.Part(index=0, data=b"data: 1\n\n", head=EVENTS_HEAD))
         await until(lambda: call.chunks)
         told = await story(network, request.call_id)
         assert told["status"] == "running"
-        assert told["first_byte_ms"] >= 0
+        assert told["first_byte_ms"] >= told["actual"]["first_token_ms"] >= 0
         await node.say(request, m.Final(index=1, data=b"data: 2\n\n"))
         await call.done()
-        assert (await story(network, request.call_id))["status"] == "done"
+        told = await story(network, request.call_id)
+        assert told["status"] == "done"
+        assert told["actual"]["end_ms"] >= told["actual"]["first_token_ms"] >= 0
 
 
 async def test_a_call_that_took_two_nodes() -> None:
@@ -232,7 +274,8 @@ def ended(history: History, number: int) -> CallId:
     call_id = CallId(f"call_{number:024x}")
     told = history.begin(call_id, ORG, CHAT, began_ns=0)
     told.names(MODEL)
-    told.trying(NodeId("node-0123456789abcdef"), HARDWARE)
+    name = "node-0123456789abcdef"
+    told.trying(NodeId(name), HARDWARE, place_of(name, quote_of(name), quote_of(name), quote_of(name)), PRICE)
     told.tried(None)
     history.end(call_id, http_status=200, left=False, usage=Usage(prompt_tokens=5_000, cached_tokens=3_000, output_tokens=900))
     return call_id
@@ -280,7 +323,7 @@ def test_a_story_is_small() -> None:
     history = History(FakeClock())
     call_id = ended(history, 1)
     assert ENDED_MAX == 8_192
-    assert len(history._ended[call_id]) + len(call_id) <= 250, "what Python needs around them comes on top"
+    assert len(history._ended[call_id]) + len(call_id) <= 650, "what Python needs around them comes on top"
 
 
 async def test_the_gateways_own_sweep_forgets(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -296,10 +339,11 @@ def test_a_story_survives_its_packing() -> None:
     history = History(FakeClock())
     call_id = CallId("call_1")
     told = history.begin(call_id, ORG, CHAT, began_ns=0)
-    told.names("modèle")
-    told.trying(NodeId("node-a"), "")
+    told.names("modèle", streams=True)
+    told.waits("a cheaper offer is busy now")
+    told.trying(NodeId("node-a"), "", place_of("node-a"), PRICE)
     told.tried("busy")
-    told.trying(NodeId("node-b"), "cpu")
+    told.trying(NodeId("node-b"), "cpu", place_of("node-b", quote_of("node-c", model="other"), quote_of("node-d")), PRICE)
     told.first_byte()
     running = history.view(call_id, ORG)
     history.end(call_id, http_status=0, left=True, usage=None)
@@ -307,4 +351,73 @@ def test_a_story_survives_its_packing() -> None:
     assert running is not None
     assert view is not None
     assert view == replace(running, status="caller_left", total_ms=view.total_ms)
-    assert json.loads(msgspec.json.encode(view))["attempts"][1] == {"node": "node-b", "hardware": "cpu", "code": None, "ms": None}
+    attempt = view.attempts[1]
+    assert (attempt.node, attempt.hardware, attempt.ring, attempt.region, attempt.code) == ("node-b", "cpu", "partner", "eu-de", None)
+    assert [(one.node, one.model) for one in attempt.others] == [("node-c", "other"), ("node-d", MODEL)]
+    quote = json.loads(msgspec.json.encode(attempt.quote))
+    assert quote == {
+        "node": "node-b",
+        "model": MODEL,
+        "hardware": "cpu",
+        "ring": "partner",
+        "region": "eu-de",
+        "cost_max": 0.0014,
+        "cost_expected": 0.00016,
+        "first_token_ms": 1_234,
+        "per_token_ms": 31.047,
+        "end_ms": 29_176,
+        "chance": 0.9731,
+    }
+
+
+# what it cost, and what it waited for
+@pytest.mark.parametrize(
+    ("usage", "cost_max_micro", "cost"),
+    [
+        (Usage(prompt_tokens=1_000, cached_tokens=600, output_tokens=100), 1_000, 1.7049e-5),
+        (Usage(prompt_tokens=1, output_tokens=1), 1_000, 1.37e-7),
+        (Usage(prompt_tokens=1_000_000, output_tokens=1_000_000), 1_400, 0.0014),
+        (Usage(prompt_tokens=2**40, output_tokens=2**40), 2**60, 151_098.186423861),
+        (Usage(), 1_400, 0.0),
+        (None, 1_400, None),
+    ],
+)
+def test_what_a_call_cost(usage: Usage | None, cost_max_micro: int, cost: float | None) -> None:
+    history = History(FakeClock())
+    call_id = CallId("call_1")
+    told = history.begin(call_id, ORG, CHAT, began_ns=0)
+    told.trying(NodeId("node-a"), "", place_of("node-a", cost_max_micro=cost_max_micro), PRICE)
+    told.tried(None)
+    history.end(call_id, http_status=200, left=False, usage=usage)
+    view = history.view(call_id, ORG)
+    assert view is not None
+    assert view.cost == cost
+
+
+def test_a_call_that_waited(monkeypatch: pytest.MonkeyPatch) -> None:
+    now_us = 0
+    monkeypatch.setattr(history_module.Story, "_us", lambda _: now_us)
+    history = History(FakeClock())
+    call_id = CallId("call_1")
+    told = history.begin(call_id, ORG, CHAT, began_ns=0)
+
+    def waited() -> tuple[float | None, str | None]:
+        view = history.view(call_id, ORG)
+        assert view is not None
+        return view.waited_ms, view.wait_why
+
+    assert waited() == (None, None)
+    now_us = 1_000_000
+    told.waits("first")
+    now_us = 2_000_000
+    told.waits("then")
+    now_us = 2_500_000
+    assert waited() == (1_500.0, "then"), "it still waits"
+    told.trying(NodeId("node-a"), "", place_of("node-a"), PRICE)
+    now_us = 9_000_000
+    assert waited() == (1_500.0, "then"), "being answered is no waiting"
+    told.tried("busy")
+    told.waits("again")
+    now_us = 9_250_000
+    history.end(call_id, http_status=0, left=True, usage=None)
+    assert waited() == (1_750.0, "again")

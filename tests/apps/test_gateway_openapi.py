@@ -7,7 +7,7 @@ import pytest
 
 from fallow.apps.gateway import errors, openapi
 from fallow.wire import openai as wire
-from fallow.wire import wishes
+from fallow.wire import quote_request, wishes
 
 if TYPE_CHECKING:  # the same file under the two names by which mypy and pytest know it
     from tests.apps.one_loop import Network
@@ -43,6 +43,24 @@ async def test_every_path_is_in_it() -> None:
     for path in LOOK_UPS:
         assert set(paths[path]) == {"get"}
     assert {"/healthz", "/fallow/nodes"} <= set(paths)
+
+
+async def test_a_quote_takes_any_calls_body_and_headers() -> None:
+    whole = await document()
+    quotes = whole["paths"][quote_request.PATH]["post"]
+    names = [one["name"] for one in quotes["parameters"]]
+    assert names == [quote_request.PATH_HEADER, "Prefer", *wishes.HEADERS, wishes.TIER_HEADER]
+    assert quotes["parameters"][0]["schema"]["enum"] == list(wire.HEADS)
+    body = quotes["requestBody"]["content"]["application/json"]["schema"]
+    validator = jsonschema_rs.validator_for({**body, "components": whole["components"]})
+    for right in ({"messages": [{"role": "user", "content": "hi"}]}, {"prompt": "x"}, {"input": "x"}, {"query": "x", "documents": ["y"]}):
+        assert validator.is_valid({"model": "m", "fallow": {"max_cost": 1}} | right)
+    assert not validator.is_valid({"model": "m"})
+    answer = quotes["responses"]["200"]
+    assert answer["content"] == {"application/json": {"schema": {"$ref": "#/components/schemas/QuoteList"}}}
+    assert answer["headers"] == {}, "no node answers"
+    assert {"400", "401", "404", "408", "413", "503"} <= set(quotes["responses"])
+    assert "`model_not_found`" in quotes["responses"]["404"]["description"]
 
 
 async def test_every_reference_leads_somewhere() -> None:
@@ -125,7 +143,8 @@ async def test_a_call_as_the_document_has_it() -> None:
     schema = whole["paths"][wire.CALLS + "/{id}"]["get"]["responses"]["200"]["content"]["application/json"]["schema"]
     assert schema == {"$ref": "#/components/schemas/CallView"}
     assert whole["paths"][wire.CALLS + "/{id}"]["get"]["parameters"][0]["name"] == "id"
-    assert "attempts" in whole["components"]["schemas"]["CallView"]["required"]
+    assert {"attempts", "predicted", "actual", "cost"} <= set(whole["components"]["schemas"]["CallView"]["required"])
+    assert {"why", "quote", "others"} <= set(whole["components"]["schemas"]["AttemptView"]["required"])
 
 
 async def test_the_page_shows_all_of_it() -> None:

@@ -8,7 +8,7 @@ from urllib.parse import quote as quoted
 import msgspec
 
 from fallow.apps.run import complain
-from fallow.cli.client import Gateway, Offered, ask, find_gateway, read_as
+from fallow.cli.client import REGION_UNKNOWN, Gateway, Offered, ask, find_gateway, read_as
 from fallow.model.errors import BadSetting, FallowError, StartFailed
 from fallow.model.views import AttemptView, CallView, QuoteList, QuoteView, Timing
 from fallow.wire.openai import CALLS, CHAT, EMBEDDINGS
@@ -69,15 +69,19 @@ def _table(quotes: Sequence[QuoteView]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(box=None, header_style="bold", caption="costs in credits (USD)", caption_justify="left")
-    for heading in ("node", "model", "hardware", "ring", "region", "first token", "end", "chance", "cost", "at most"):
-        right = heading in ("first token", "end", "chance", "cost", "at most")
-        table.add_column(heading, justify="right" if right else "left", no_wrap=right or heading == "node", overflow="fold")
+    several = len({one.model for one in quotes}) > 1
+    has_regions = any(one.region != REGION_UNKNOWN for one in quotes)
+    words = ["node", *(["model"] if several else []), "hardware", "ring", *(["region"] if has_regions else [])]
+    table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold", caption="costs in credits (USD)", caption_justify="left")
+    for heading in words:
+        table.add_column(heading, no_wrap=heading in ("node", "ring"), overflow="fold")
+    for heading in ("1st token", "end", "chance", "cost", "at most"):
+        table.add_column(heading, no_wrap=True, justify="right")
     for one in quotes:
         hardware = one.hardware if one.gpu is msgspec.UNSET else f"{one.hardware} {one.gpu}"
+        where = [one.node, *([one.model] if several else []), hardware, one.ring, *([one.region] if has_regions else [])]
         times = [_seconds(one.first_token_ms), _seconds(one.end_ms)]
-        costs = [_credits(one.cost_expected), _credits(one.cost_max)]
-        table.add_row(one.node, one.model, hardware, one.ring, one.region, *times, f"{one.chance:.0%}", *costs)
+        table.add_row(*where, *times, f"{one.chance:.0%}", _credits(one.cost_expected), _credits(one.cost_max))
     Console().print(table)
 
 
@@ -107,7 +111,7 @@ def told(call: CallView) -> list[str]:
     if call.waited_ms is not None:
         lines.append(f"waited {_seconds(call.waited_ms)}: {call.wait_why}")
     for number, one in enumerate(call.attempts, 1):
-        lines += _attempt(number, one)
+        lines += _attempt(number, one, call)
     if not call.attempts:
         lines.append("no node was asked")
     if call.predicted is not None and call.actual is not None:
@@ -120,8 +124,9 @@ def told(call: CallView) -> list[str]:
     return lines
 
 
-def _attempt(number: int, one: AttemptView) -> list[str]:
-    ended = "is under way" if one.ms is None else f"{'answered' if one.code is None else one.code} after {_seconds(one.ms)}"
+def _attempt(number: int, one: AttemptView, call: CallView) -> list[str]:
+    answered = "was stopped" if call.status == "caller_left" else "answered"
+    ended = "is under way" if one.ms is None else f"{answered if one.code is None else one.code} after {_seconds(one.ms)}"
     return [f"{number}. {one.node} ({one.hardware}, ring {one.ring}, region {one.region}) {ended}", f"   chosen: {one.why}"]
 
 

@@ -60,7 +60,7 @@ class Health(msgspec.Struct, frozen=True, kw_only=True):
 class QuoteView(msgspec.Struct, frozen=True, kw_only=True):
     """What one offer would cost and promise for a call. Costs are in credits, times count from asking the node.
 
-    `first_token_ms`, `per_token_ms` and `end_ms` are expected, as is `cost_expected`; no more than `cost_max` is charged.
+    `first_token_ms`, `per_token_ms` and `end_ms` are expected, as is `cost_expected`; the call costs no more than `cost_max`.
     `chance` is the one to meet all that the call needs, 0 to 1. `gpu` names the card, where it is one.
     """
 

@@ -76,7 +76,7 @@ class Story(msgspec.Struct, array_like=True, gc=False, kw_only=True):
     cached_tokens: int | None = None
     output_tokens: int | None = None
     price: Price | None = None
-    cost_pico: int | None = None
+    cost: float | None = None
     wait_why: str | None = None
     wait_began_us: int | None = None
     waited_us: int = 0
@@ -122,7 +122,8 @@ class Story(msgspec.Struct, array_like=True, gc=False, kw_only=True):
         if usage is not None:
             self.prompt_tokens, self.cached_tokens, self.output_tokens = usage.prompt_tokens, usage.cached_tokens, usage.output_tokens
             if self.price is not None:
-                self.cost_pico = cost_of(usage, self.price, cost_max_micro=self.tries[-1].quote.cost_max_micro)
+                pico = cost_of(usage, self.price, cost_max_micro=self.tries[-1].quote.cost_max_micro)
+                self.cost = round(pico / PICO_PER_MICRO / MICRO, COST_DIGITS)
         self.price = None
 
     def waited_ms(self) -> float | None:
@@ -198,7 +199,7 @@ def _view(call_id: CallId, story: Story) -> CallView:
         prompt_tokens=story.prompt_tokens,
         cached_tokens=story.cached_tokens,
         output_tokens=story.output_tokens,
-        cost=None if story.cost_pico is None else round(story.cost_pico / PICO_PER_MICRO / MICRO, COST_DIGITS),
+        cost=story.cost,
         predicted=predicted,
         actual=actual,
         waited_ms=story.waited_ms(),

@@ -19,7 +19,7 @@ class Facts(NamedTuple):
     `prompt_price`, `cached_price`, `output_price` are micro-credits per token. `rate` is the prompt tokens a second that a new
     call gets, `prefill_var` its relative variance; `step` the seconds per token, `spread` the standard deviation of its
     logarithm. `ahead_s` passes before anything of the call is read (round trip, loading), the prompts that came before are
-    read by `queue_until`, of which `queue_rest` seconds haven't begun. `held` counts calls that are known to be there, of
+    read by `queue_until`, of which `queue_rest` seconds haven't begun; `theirs_s` of these are a guess at other gateways'. `held` counts calls that are known to be there, of
     `slots` and `room` (slots and queue places); where they are full, `slot_s` is when the first slot is expected to be free.
     `token_work` is the seconds of the machine that a token of output takes on a busy one, `rent` what a second is worth to the
     calls to come. `kind` and `org` are numbers for the filter; `stop` is 0, or the limit that the node's own state is.
@@ -35,6 +35,7 @@ class Facts(NamedTuple):
     ahead_s: Floats
     queue_until: Floats
     queue_rest: Floats
+    theirs_s: Floats
     held: Floats
     slots: Floats
     room: Floats
@@ -54,7 +55,7 @@ class Columns(NamedTuple):
     `prefill` and `decode` are what the card says, in tokens per second; `prefill_log`, `decode_log` are learnt corrections of them
     as logarithms, `decode_var` is the relative variance. `slope` is how much longer a step takes with each further stream.
     `streams` and `reading` count this gateway's calls there, `unread` are their prompts' tokens, of which `head` are being read
-    since `head_s`. `others` run for other gateways, `others_unread` their prompts' tokens when that was heard, at `others_s`.
+    since `head_s`. `others` run for other gateways; `unread_each` is how many tokens a call there has unread on average.
     """
 
     prompt_price: Floats
@@ -67,6 +68,7 @@ class Columns(NamedTuple):
     ahead_s: Floats
     queue_until: Floats
     queue_rest: Floats
+    theirs_s: Floats
     held: Floats
     slots: Floats
     room: Floats
@@ -92,8 +94,7 @@ class Columns(NamedTuple):
     head: Floats
     head_s: Floats
     others: Floats
-    others_unread: Floats
-    others_s: Floats
+    unread_each: Floats
 
     def part(self, begin: int, end: int) -> "Columns":
         """Rows from `begin` up to `end`, as views."""

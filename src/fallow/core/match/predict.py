@@ -24,10 +24,12 @@ SHARE = 0.7
 """What reading a prompt gets of the machine while answers are being written beside it."""
 QUEUE_VAR = 0.04
 """Relative variance of the prompts that are to be read before, beyond that of the machine's speed."""
+THEIRS_VAR = 0.5
+"""Relative variance of what other gateways' calls have unread: all that is known of them is their number."""
 WAIT_SD = 0.8
 """Relative error of the time until a slot is free: it depends on how long others' answers become."""
 LEAST_SD_S = 0.02
-DERIVED = ("held", "rate", "step", "spread", "ahead_s", "queue_rest", "queue_until", "token_work")
+DERIVED = ("held", "rate", "step", "spread", "ahead_s", "queue_rest", "queue_until", "theirs_s", "token_work")
 PHI_CUBE, PHI_LINE = 0.070566, 1.5976
 """The normal distribution's function as a logistic one, off by 2e-4 at most (Bowling et al. 2009)."""
 SURE_Z = 8.0
@@ -65,7 +67,7 @@ def times(f: Facts, *, prompt: float, warm: Floats | float, output_mean: float, 
     queue = np.maximum(f.queue_until - now_s, f.queue_rest)
     read = (prompt - warm) / f.rate
     first = f.ahead_s + queue + read
-    variance = read * read * f.prefill_var + queue * queue * (f.prefill_var + QUEUE_VAR)
+    variance = read * read * f.prefill_var + queue * queue * (f.prefill_var + QUEUE_VAR) + THEIRS_VAR * f.theirs_s * f.theirs_s
     is_full = f.held >= f.slots
     if is_full.any():
         life = output_mean * f.step / f.slots
@@ -88,10 +90,9 @@ def derive(c: Columns, at: Any) -> None:
     c.step[at] = (1.0 + c.slope[at] * (np.minimum(c.slots[at], held + 1.0) - 1.0)) / decode
     c.spread[at] = np.sqrt(c.decode_var[at])
     c.ahead_s[at] = c.rtt_s[at] + c.load_s[at]
-    c.queue_rest[at] = np.maximum(0.0, c.unread[at] - c.head[at]) / shared
-    mine = np.where(c.reading[at] > 0, c.head_s[at] + c.head[at] / alone + c.queue_rest[at], 0.0)
-    theirs = np.where(c.others_unread[at] > 0, c.others_s[at] + c.others_unread[at] / shared, 0.0)
-    c.queue_until[at] = np.where(mine > 0, mine + c.others_unread[at] / shared, theirs)
+    c.theirs_s[at] = c.others[at] * c.unread_each[at] / shared
+    c.queue_rest[at] = np.maximum(0.0, c.unread[at] - c.head[at]) / shared + c.theirs_s[at]
+    c.queue_until[at] = np.where(c.reading[at] > 0, c.head_s[at] + c.head[at] / alone + c.queue_rest[at], 0.0)
     c.token_work[at] = (c.slope[at] + (1.0 - c.slope[at]) / c.slots[at]) / c.decode[at]
 
 

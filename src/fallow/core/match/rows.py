@@ -19,6 +19,8 @@ GONE = -1
 """The row of an offer that went away."""
 PARTS = (512, *(8 * 512 * 4**more for more in range(12)))
 """The cheapest offers are looked at first; this is where the parts end."""
+UNREAD_EACH_TOKENS = 150.0
+"""What is believed of another gateway's call until our own tell better."""
 QUICK_ROWS = 64
 """Where speed matters more than cost, so many of the fastest are looked at first."""
 
@@ -102,7 +104,7 @@ class Rows:
         measured = offer.speed.prefill_tokens_per_s > 0
         c.prefill_var[at] = learn.PREFILL_VAR_MEASURED if measured else learn.PREFILL_VAR_GUESSED
         c.decode_var[at] = learn.DECODE_VAR_MEASURED if measured else learn.DECODE_VAR_GUESSED
-        c.others_s[at] = now_s
+        c.unread_each[at] = UNREAD_EACH_TOKENS
 
     def drop(self, node_id: NodeId) -> None:
         """The node doesn't offer the model any more."""

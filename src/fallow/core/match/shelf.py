@@ -16,6 +16,7 @@ OVERDUE_S = 0.5
 PROMPT_MEAN_TOKENS = 500.0
 MEAN_RATE = 0.02
 SHARE_RATE = 0.01
+EACH_RATE = 0.03
 
 
 class Booking(msgspec.Struct, kw_only=True):
@@ -113,11 +114,11 @@ class Shelf(Rows):
             return
         c = self.columns
         others = max(0, running - ours)
-        rate = predict.SHARE * float(c.prefill[row]) * math.exp(float(c.prefill_log[row]))
-        left = max(0.0, float(c.others_unread[row]) - (now_s - float(c.others_s[row])) * rate)
-        came = max(0.0, others - float(c.others[row]))
-        c.others_unread[row] = min(left + came * self.prompt_mean, others * self.prompt_mean)
-        c.others[row], c.others_s[row] = others, now_s
+        c.others[row] = others
+        held = len(self.bookings.get(node_id, ()))
+        if held:
+            left = max(0.0, float(c.queue_until[row]) - now_s - float(c.theirs_s[row])) * float(c.rate[row])
+            c.unread_each[row] += EACH_RATE * (left / held - c.unread_each[row])
         predict.derive(c, row)
         if running:
             self.share += SHARE_RATE * (ours / running - self.share)
