@@ -61,7 +61,9 @@ class Life:
         self.market = Market()
         self.lent: list[Lent] = []
         self.now_s = 0.0
-        self.spent: dict[str, list[float]] = {name: [] for name in ("decide", "demand", "began", "first", "ended", "heard", "put", "refresh")}
+        self.spent: dict[str, list[float]] = {
+            name: [] for name in ("decide", "demand", "began", "first", "ended", "heard", "put", "refresh")
+        }
         self.outcomes: Counter[str] = Counter()
         self.by_outcome: dict[str, list[float]] = {"place": [], "wait": [], "refuse": []}
         self._chance = random.Random(seed + 1)
@@ -247,7 +249,9 @@ def measure_refusals(seed: int) -> list[Figure]:
             answer = match(call, life.market, now=Moment(call.arrived_at_ms, life.now_s))
             took.append((time.perf_counter_ns() - begin) / 1e6)
             assert isinstance(answer, Refuse), f"{name}: somebody meets it"
-        note = f"p50 {percentile(took, 0.5):.2f}; counts {sum(one.offers for one in answer.stopped):,} offers at {len(answer.stopped)} limits"
+        note = (
+            f"p50 {percentile(took, 0.5):.2f}; counts {sum(one.offers for one in answer.stopped):,} offers at {len(answer.stopped)} limits"
+        )
         found.append(Figure(name=f"refusal at 10,000 offers, {name}, p99", value=percentile(took, 0.99), unit="ms", goal=50.0, note=note))
     return found
 

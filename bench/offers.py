@@ -84,10 +84,14 @@ class Draws:
             context_tokens=chance.choice((4_096, 8_192, 32_768)),
             model_digest="",
             speed=Speed(
-                prefill_tokens_per_s=decode * chance.uniform(8, 30), decode_tokens_per_s=decode, decode_by_streams=((1, decode), (slots, rate))
+                prefill_tokens_per_s=decode * chance.uniform(8, 30),
+                decode_tokens_per_s=decode,
+                decode_by_streams=((1, decode), (slots, rate)),
             ),
             price=Price(
-                prompt_micro_per_munit=round(output * 0.2), cached_prompt_micro_per_munit=round(output * 0.02), output_micro_per_munit=round(output)
+                prompt_micro_per_munit=round(output * 0.2),
+                cached_prompt_micro_per_munit=round(output * 0.02),
+                output_micro_per_munit=round(output),
             ),
             slots=slots,
             expires_at_ms=NEVER_MS,

@@ -1,6 +1,7 @@
 """`python -m bench.replay`: the matcher in three pools beside known rules, with liars, and as several gateways."""
 
 import argparse
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -20,7 +21,7 @@ from fallow.model.ids import CallId, GatewayId, KeyId, OrgId
 from fallow.model.needs import Needs
 from fallow.model.quote import Place
 
-SEED, LOAD, SPAN_S, GATEWAYS = 1, 0.5, 400.0, 4
+SEED, LOAD, SPAN_S, GATEWAYS = 1, 0.5, 360.0, 4
 USUAL_PROMPT, USUAL_OUTPUT = 700.0, 150.0
 """The sizes that the load is reckoned with."""
 PROBES = 12
@@ -55,7 +56,9 @@ def askings(setting: Setting, machines: Sequence[Machine], *, gateways: int) -> 
     return callers.drawn(span_s=setting.span_s, calls_per_s=setting.load * rate)
 
 
-def replayed(setting: Setting, rule: str = "match", *, gateways: int = 1, lies: Lies | None = None, twins: list[Twin] | None = None) -> Replayed:
+def replayed(
+    setting: Setting, rule: str = "match", *, gateways: int = 1, lies: Lies | None = None, twins: list[Twin] | None = None
+) -> Replayed:
     """One run of one rule."""
     machines = pool(setting.pool, seed=setting.seed, span_s=setting.span_s, lies=lies)
     routers: list[Router] = [router(rule, seed=setting.seed, gateway=number) for number in range(gateways)]
@@ -118,21 +121,32 @@ def rule_figures(setting: Setting, plain: Replayed) -> list[Figure]:
         theirs = figures.totals(replayed(setting, rule), machines)
         note = f"met {100 * theirs.met:.1f} %, paid {1e3 * theirs.paid_usd:.1f} mUSD, {100 * theirs.on_cpu:.0f} % on a CPU"
         found.append(
-            Figure(name=f"{rule}: paid and missed ÷ ours", value=theirs.burden_usd / ours.burden_usd, unit="", better="higher", goal=1.0, note=note)
+            Figure(
+                name=f"{rule}: paid and missed ÷ ours",
+                value=theirs.burden_usd / ours.burden_usd,
+                unit="",
+                better="higher",
+                goal=1.0,
+                note=note,
+            )
         )
     return found
 
 
 def lie_figures(setting: Setting, plain: Replayed, share: float) -> list[Figure]:
     lies = Lies(share, setting.span_s / 3)
-    return figures.windows(replayed(setting, lies=lies), plain, lies)
+    machines = pool(setting.pool, seed=setting.seed, span_s=setting.span_s, lies=lies)
+    liars = [machine.name for machine in machines if machine.lies_from_s < math.inf]
+    return figures.windows(replayed(setting, lies=lies), plain, lies, liars)
 
 
 def gateway_figures(setting: Setting, plain: Replayed, gateways: int) -> list[Figure]:
     machines = pool(setting.pool, seed=setting.seed, span_s=setting.span_s)
     one, many = figures.totals(plain, machines), figures.totals(replayed(setting, gateways=gateways), machines)
     note = f"met {100 * many.met:.1f} against {100 * one.met:.1f} %, paid {1e3 * many.paid_usd:.1f} against {1e3 * one.paid_usd:.1f} mUSD"
-    return [Figure(name=f"{gateways} gateways: paid and missed ÷ one", value=many.burden_usd / one.burden_usd, unit="", goal=1.1, note=note)]
+    return [
+        Figure(name=f"{gateways} gateways: paid and missed ÷ one", value=many.burden_usd / one.burden_usd, unit="", goal=1.1, note=note)
+    ]
 
 
 def measure(setting: Setting, parts: Sequence[str], *, gateways: int, lies: float) -> list[Figure]:

@@ -167,7 +167,11 @@ class Callers:
             tier=tier,
             first_ms=chance.choice((1_200, 2_000, 4_000)) if says else None,
             each_ms=chance.choice((80, 150, 250)) if says else None,
-            deadline_ms=1000 * chance.choice((15, 45, 120)) if dated else 1000 * chance.choice((240, 900, 3_600)) if tier == "flex" else None,
+            deadline_ms=1000 * chance.choice((15, 45, 120))
+            if dated
+            else 1000 * chance.choice((240, 900, 3_600))
+            if tier == "flex"
+            else None,
             strict=tier == "default" and chance.random() < 0.1,
             sessions=[],
         )

@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from bench.replay.run import EPOCH_MS, Replayed, Story
@@ -15,6 +15,8 @@ SETTLED_S = 120.0
 """After a change the pool has so long to find out."""
 BINS = ((0.0, 0.5), (0.5, 0.8), (0.8, 0.9), (0.9, 0.94), (0.94, 0.96), (0.96, 0.98), (0.98, 0.995), (0.995, 1.01))
 PER = 1_000
+STEPS_MIN = 8
+"""Shorter answers say little about the time of a token."""
 TIERS = ("default", "priority", "flex")
 
 
@@ -43,7 +45,8 @@ def totals(run: Replayed, machines: Sequence[Machine]) -> Totals:
     stories = run.stories
     dear = {model: dearest(machines, model) for model in {story.asking.call.needs.model for story in stories}}
     charge = sum(
-        DEAREST * (story.asking.prompt * dear[story.asking.call.needs.model][0] + story.asking.output * dear[story.asking.call.needs.model][1])
+        DEAREST
+        * (story.asking.prompt * dear[story.asking.call.needs.model][0] + story.asking.output * dear[story.asking.call.needs.model][1])
         for story in stories
         if not story.met
     )
@@ -80,7 +83,9 @@ def overview(run: Replayed, machines: Sequence[Machine]) -> list[Figure]:
     found, stories = totals(run, machines), run.stories
     missed = Counter(why_missed(story) for story in stories if not story.met)
     reasons = ", ".join(f"{count} {why}" for why, count in missed.most_common())
-    each = [Figure(name="met", value=100 * found.met, unit="%", better="higher", note=f"of {len(stories):,} calls; missed: {reasons or 'none'}")]
+    each = [
+        Figure(name="met", value=100 * found.met, unit="%", better="higher", note=f"of {len(stories):,} calls; missed: {reasons or 'none'}")
+    ]
     for tier in TIERS:
         of_tier = [story for story in stories if story.asking.call.needs.service_tier == tier]
         wrong = Counter(why_missed(story) for story in of_tier if not story.met)
@@ -94,13 +99,13 @@ def overview(run: Replayed, machines: Sequence[Machine]) -> list[Figure]:
         Figure(name="paid and missed per 1,000 calls", value=1e3 * found.burden_usd, unit="mUSD"),
         Figure(name="calls that ended on a CPU", value=100 * found.on_cpu, unit="%"),
         Figure(
-            name="follow-ups that met their warm prefix, where one was left",
+            name="follow-ups that met a prefix still warm",
             value=100 * share(story.cached > 0 for story in follow),
             unit="%",
             better="higher",
             note=f"{len(follow)} calls",
         ),
-        Figure(name="flex calls waited before they were sent, p50", value=at(waited, 0.5), unit="s", note=f"p90 {at(waited, 0.9):.0f} s"),
+        Figure(name="flex calls waited to be sent, p50", value=at(waited, 0.5), unit="s", note=f"p90 {at(waited, 0.9):.0f} s"),
         Figure(name="decisions per call", value=run.decisions / len(stories), unit="", note=f"digest of all {run.digest}"),
     ]
 
@@ -120,31 +125,33 @@ def calibration(run: Replayed) -> list[Figure]:
         if inside:
             mean = 100 * sum(chance for chance, _ in inside) / len(inside)
             met = 100 * share(met for _, met in inside)
-            found.append(Figure(name=f"met, of those promised {low:g}–{min(1.0, high):g}", value=met, unit="%", note=f"promised {mean:.1f} %, {len(inside)} calls"))
+            found.append(
+                Figure(
+                    name=f"met, of those promised {low:g}–{min(1.0, high):g}",
+                    value=met,
+                    unit="%",
+                    note=f"promised {mean:.1f} %, {len(inside)} calls",
+                )
+            )
     return found
 
 
 def errors(run: Replayed) -> list[Figure]:
     """What happened ÷ what the quote said, of the calls that went through on their first try."""
-    whole = [story for story in run.stories if story.fate == "whole" and story.quote is not None and len(story.tried) == 1]
-
-    def ratio(name: str, of: Callable[[Story], float], only: Callable[[Story], bool]) -> Figure:
-        values = [of(story) for story in whole if only(story)]
-        note = f"p5 {at(values, 0.05):.2f}, p95 {at(values, 0.95):.2f}, p99 {at(values, 0.99):.2f}, {len(values)} calls"
-        return Figure(name=name, value=at(values, 0.5), unit="", note=note)
-
-    def first(story: Story) -> float:
-        assert story.first_s is not None and story.quote is not None
-        return (story.first_s - story.quoted_s) / max(0.02, story.quote.first_token_in_ms / 1000)
-
-    def step(story: Story) -> float:
-        assert story.first_s is not None and story.end_s is not None and story.quote is not None
-        return (story.end_s - story.first_s) / (story.asking.output - 1) / max(1e-6, story.quote.per_token_ms / 1000)
-
     found = []
     for kind in ("cpu", "gpu"):
-        found.append(ratio(f"first token ÷ quoted, {kind}, p50", first, lambda s, kind=kind: s.hardware == kind))  # type: ignore[misc]
-        found.append(ratio(f"time of a token ÷ quoted, {kind}, p50", step, lambda s, kind=kind: s.hardware == kind and s.asking.output > 8))  # type: ignore[misc]
+        first: list[float] = []
+        step: list[float] = []
+        for story in run.stories:
+            quote, first_s, end_s, steps = story.quote, story.first_s, story.end_s, story.asking.output - 1
+            if story.hardware != kind or story.fate != "whole" or len(story.tried) > 1 or quote is None or first_s is None or end_s is None:
+                continue
+            first.append((first_s - story.quoted_s) / max(0.02, quote.first_token_in_ms / 1000))
+            if steps >= STEPS_MIN:
+                step.append(1000 * (end_s - first_s) / steps / max(1e-3, quote.per_token_ms))
+        for name, values in (("first token", first), ("time of a token", step)):
+            note = f"p5 {at(values, 0.05):.2f}, p95 {at(values, 0.95):.2f}, p99 {at(values, 0.99):.2f}, {len(values)} calls"
+            found.append(Figure(name=f"{name} ÷ quoted, {kind}, p50", value=at(values, 0.5), unit="", note=note))
     return found
 
 
@@ -159,29 +166,40 @@ def slow_but_honest(run: Replayed, machines: Sequence[Machine]) -> list[Figure]:
     theirs = [story for story in run.stories if story.node in names]
     use = busy_s / (engines * run.span_s)
     return [
-        Figure(name="honest slow nodes: share of their time in use", value=100 * use, unit="%", better="higher", note=f"{engines} nodes"),
-        Figure(name="honest slow nodes: their calls that were met", value=100 * share(s.met for s in theirs), unit="%", better="higher", note=f"{len(theirs)} calls"),
+        Figure(name="honest slow nodes: their time in use", value=100 * use, unit="%", better="higher", note=f"{engines} nodes"),
+        Figure(
+            name="honest slow nodes: calls that were met",
+            value=100 * share(s.met for s in theirs),
+            unit="%",
+            better="higher",
+            note=f"{len(theirs)} calls",
+        ),
     ]
 
 
-def windows(with_lies: Replayed, without: Replayed, lies: Lies) -> list[Figure]:
-    """The 99th percentile of the first token, of calls that can't wait, by when they came; and how many were met."""
-    found = []
+def windows(with_lies: Replayed, without: Replayed, lies: Lies, liars: Sequence[str]) -> list[Figure]:
+    """The 99th percentile of the first token, of calls that have a target for it, by when they came; and how many were met."""
     edges = (
         ("before", 0.0, lies.from_s),
-        ("in the first two minutes", lies.from_s, lies.from_s + SETTLED_S),
-        ("after two minutes", lies.from_s + SETTLED_S, math.inf),
+        ("0–2 min after", lies.from_s, lies.from_s + SETTLED_S),
+        ("later", lies.from_s + SETTLED_S, math.inf),
     )
+    used = share(story.node in liars for story in without.stories)
+    found = [Figure(name="calls that the liars have while they are honest", value=100 * used, unit="%", note=", ".join(liars))]
     for name, begin, end in edges:
-
-        def inside(run: Replayed, begin: float = begin, end: float = end) -> list[Story]:
-            return [s for s in run.stories if begin <= s.asking.at_s < end and s.asking.call.needs.service_tier != "flex"]
-
-        def p99(stories: Sequence[Story]) -> float:
-            return at([math.inf if s.first_s is None else s.first_s - s.asking.at_s for s in stories], 0.99)
-
-        lied, honest = inside(with_lies), inside(without)
-        note = f"{p99(lied):.2f} s against {p99(honest):.2f} s; met {100 * share(s.met for s in lied):.1f} against {100 * share(s.met for s in honest):.1f} %"
-        goal = 2.0 if begin > lies.from_s else None
-        found.append(Figure(name=f"{100 * lies.share:.0f} % lie, p99 of first tokens {name} ÷ honest", value=p99(lied) / p99(honest), unit="", goal=goal, note=note))
+        lied, honest = (_hasty(run, begin, end) for run in (with_lies, without))
+        met = [100 * share(story.met for story in stories) for stories in (lied, honest)]
+        note = f"{_p99(lied):.2f} against {_p99(honest):.2f} s; met {met[0]:.1f} against {met[1]:.1f} %"
+        goal = 2.0 if name == "later" else None
+        found.append(
+            Figure(name=f"liars: first tokens' p99 {name} ÷ honest", value=_p99(lied) / _p99(honest), unit="", goal=goal, note=note)
+        )
     return found
+
+
+def _hasty(run: Replayed, begin_s: float, end_s: float) -> list[Story]:
+    return [s for s in run.stories if begin_s <= s.asking.at_s < end_s and s.asking.call.needs.first_token_within_ms is not None]
+
+
+def _p99(stories: Sequence[Story]) -> float:
+    return at([math.inf if story.first_s is None else story.first_s - story.asking.at_s for story in stories], 0.99)

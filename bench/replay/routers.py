@@ -74,9 +74,7 @@ class Matcher:
     def put(self, machine: Machine, state: State, *, now_s: float) -> None:
         card = card_of(machine)
         for engine in machine.engines:
-            load = Load(
-                model=engine.model, readiness="ready", slots_free=engine.slots, waiting=0, waiting_max=engine.waiting_max
-            )
+            load = Load(model=engine.model, readiness="ready", slots_free=engine.slots, waiting=0, waiting_max=engine.waiting_max)
             self.market.put(card, offer_of(machine, engine), load, state, expires_s=NEVER_S, now_s=now_s, rtt_s=machine.rtt_s)
 
     def gone(self, machine: Machine) -> None:
@@ -166,7 +164,11 @@ class Rule:
         needs = call.needs
         found = []
         for name, machine in self._machines.items():
-            if name in tried or needs.hardware not in (None, machine.sort.hardware) or (needs.regions and machine.region not in needs.regions):
+            if (
+                name in tried
+                or needs.hardware not in (None, machine.sort.hardware)
+                or (needs.regions and machine.region not in needs.regions)
+            ):
                 continue
             for engine in machine.engines:
                 if engine.model == needs.model:

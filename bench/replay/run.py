@@ -79,7 +79,9 @@ Probe = Callable[[float], None]
 class Replay:
     """One run. Of two events at the same time the one that was planned first comes first."""
 
-    def __init__(self, machines: Sequence[Machine], routers: Sequence[Router], askings: Sequence[Asking], *, seed: int, span_s: float) -> None:
+    def __init__(
+        self, machines: Sequence[Machine], routers: Sequence[Router], askings: Sequence[Asking], *, seed: int, span_s: float
+    ) -> None:
         self._machines = {machine.name: machine for machine in machines}
         self._engines: dict[str, list[Running]] = {}
         for machine in machines:

@@ -136,8 +136,8 @@ class Machine(msgspec.Struct, kw_only=True):
     rtt_s: float
     engines: tuple[Engine, ...]
     absences: tuple[Absence, ...]
-    lies_from_s: float
     chance: random.Random
+    lies_from_s: float = math.inf
     drifts: list[float] = []
 
     def speed(self, now_s: float) -> float:
@@ -163,24 +163,23 @@ def pool(name: str, *, seed: int, span_s: float, lies: Lies | None = None) -> li
     make_up = POOLS[name]
     found = []
     for sort_name, count in make_up.counts.items():
-        liars = _liars(f"{seed}/{name}/{sort_name}", count, lies)
         for number in range(count):
             chance = source(seed, name, sort_name, number)
             home = make_up.homes[sort_name] or f"home-{sort_name}-{number}"
-            from_s = lies.from_s if lies is not None and number in liars else math.inf
-            found.append(_machine(f"{sort_name}-{number:02}", CLASSES[sort_name], home, make_up, chance, span_s, from_s))
+            found.append(_machine(f"{sort_name}-{number:02}", CLASSES[sort_name], home, make_up, chance, span_s))
+    for liar in _liars(found, lies) if lies is not None else ():
+        liar.lies_from_s = lies.from_s if lies is not None else math.inf
     return sorted(found, key=lambda one: one.name)
 
 
-def _liars(name: str, count: int, lies: Lies | None) -> set[int]:
-    """Of each class its share, rounded by chance; the honest old ones stay honest."""
-    if lies is None or "/old" in name:
-        return set()
-    chance = source(name, "liars")
-    return set(chance.sample(range(count), int(lies.share * count + chance.random())))
+def _liars(machines: list[Machine], lies: Lies) -> list[Machine]:
+    """One of so many, from the cheapest to the dearest, so that wanted ones are among them; the old ones stay honest."""
+    able = sorted((one for one in machines if not one.name.startswith("old")), key=lambda one: (one.engines[0].output_usd, one.name))
+    count = round(lies.share * len(able))
+    return [able[int((number + 0.3) * len(able) / count)] for number in range(count)]
 
 
-def _machine(name: str, sort: Class, home: str, make_up: MakeUp, chance: random.Random, span_s: float, lies_from_s: float) -> Machine:
+def _machine(name: str, sort: Class, home: str, make_up: MakeUp, chance: random.Random, span_s: float) -> Machine:
     individual = make_up.scale * chance.lognormvariate(0, 0.1)
     offered = [model for model in make_up.models if len(make_up.models) == 1 or chance.random() < 0.65] or [chance.choice(make_up.models)]
     margin, tariff = chance.uniform(1.15, 2.0), chance.choice((0.13, 0.22, 0.31, 0.36))
@@ -195,7 +194,6 @@ def _machine(name: str, sort: Class, home: str, make_up: MakeUp, chance: random.
         rtt_s=chance.uniform(0.004, 0.06),
         engines=tuple(_engine(model, sort, individual * SMALLER[model], usd_per_s, chance) for model in offered),
         absences=tuple(_absences(sort, span_s, chance)),
-        lies_from_s=lies_from_s,
         chance=chance,
         drifts=[],
     )

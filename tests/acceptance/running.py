@@ -169,8 +169,10 @@ def client(service: Service) -> Iterator[openai.OpenAI]:
 SETTINGS = """\
 [lend]
 measure = false
+{lend}
 
 [node]
+region = "{region}"
 stall_s = {stall_s}
 load_wait_s = {load_wait_s}
 """
@@ -207,10 +209,19 @@ class Apart:
                 continue
         return ""
 
-    def lend(self, name: str, *arguments: str, load_wait_s: float = 10, stall_s: float = 30, more: str = "") -> Running:
+    def lend(
+        self,
+        name: str,
+        *arguments: str,
+        load_wait_s: float = 10,
+        stall_s: float = 30,
+        lend: str = "",
+        region: str = "unknown",
+        more: str = "",
+    ) -> Running:
         data = self.folder / name
         data.mkdir()
-        (data / "settings.toml").write_text(SETTINGS.format(load_wait_s=load_wait_s, stall_s=stall_s) + more)
+        (data / "settings.toml").write_text(SETTINGS.format(load_wait_s=load_wait_s, stall_s=stall_s, lend=lend, region=region) + more)
         flags = ["--hub", self.hub_address, "--secret-file", str(self.folder / "hub" / "secret"), *arguments]
         if "--profile" not in arguments:
             flags += ["--profile", "dedicated"]  # the tests' own work is no owner's

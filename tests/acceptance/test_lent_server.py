@@ -44,12 +44,13 @@ os._exit(0)
 class Second:
     """llama.cpp on a port of its own, as a lender may have it. `sk-…` and a path before /v1, if given, are asked of callers."""
 
-    def __init__(self, *, key: str = "", prefix: str = "") -> None:
+    def __init__(self, *, key: str = "", prefix: str = "", alias: str = LENT) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = int(free.getsockname()[1])
         self.key = key
         self.prefix = prefix
+        self.alias = alias
         self.process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -59,7 +60,7 @@ class Second:
     def start(self) -> "Second":
         weights = load_catalogue(Path("nowhere")).find(MODEL)
         path = Store(Settings().models_folder).path(weights.name, weights.files[0])
-        arguments = [sys.executable, "-c", SERVER, str(path), str(self.port), LENT, self.key, self.prefix]
+        arguments = [sys.executable, "-c", SERVER, str(path), str(self.port), self.alias, self.key, self.prefix]
         self.process = subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         until(self._answers, what="the second server")
         return self

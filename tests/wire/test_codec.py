@@ -1,7 +1,8 @@
 """Messages to bytes and back: nothing is lost, newer writers are understood, and hostile bytes meet one kind of error."""
 
+import math
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal, NewType, Union, get_args, get_origin, get_type_hints
 
 import msgspec
@@ -10,19 +11,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from fallow.core.match.candidate import Candidate
-from fallow.core.match.price import quote
+from fallow.core.match.decide import match, quotes
+from fallow.core.match.market import Market
 from fallow.model import messages as m
 from fallow.model.call import Grant
 from fallow.model.card import Card, Hardware
 from fallow.model.errors import Failure, WireError
 from fallow.model.ids import AttemptId, CallId, GatewayId, KeyId, NodeId, OrgId
-from fallow.model.needs import Needs
 from fallow.model.offer import Load, Offer, Price, Speed
 from fallow.model.receipt import Usage
 from fallow.wire import codec, subjects
 from fallow.wire.codec import MAJOR, Reader, encode
 from fallow.wire.subjects import PART_BYTES_MAX, PAYLOAD_BYTES_MAX, TABLE
+from offers import AT_S, FOREVER_S, NOW, PLAIN, call_id, call_of
 
 PROMISE = settings(derandomize=True, deadline=None, max_examples=30)
 MANY = settings(derandomize=True, deadline=None, max_examples=250)
@@ -342,14 +343,45 @@ def test_bytes_made_to_hurt(data: bytes) -> None:
 
 
 # Numbers and texts from strangers.
-NEEDS = Needs(model="tiny", prompt_tokens=100, output_tokens_max=50)
-
-
-def offering(speed: Speed = Speed(), **changes: Any) -> bytes:  # noqa: B008  (frozen)
+def offering(speed: Speed = Speed(), *, load: Load | None = None, **changes: Any) -> bytes:  # noqa: B008  (frozen)
     sample = SAMPLES[m.Heartbeat]
     assert isinstance(sample, m.Heartbeat)
     assert sample.offers is not None
-    return encode(replace(sample, offers=(replace(sample.offers[0], speed=speed, **changes),)))
+    offers = (replace(sample.offers[0], speed=speed, **changes),)
+    return encode(replace(sample, offers=offers, loads=sample.loads if load is None else (load,)))
+
+
+def decided(beats: Sequence[m.Heartbeat]) -> None:
+    """Every call that a gateway could have finds a sane quote or a refusal, whatever the heartbeats say."""
+    market = Market()
+    for at, beat in enumerate(beats):
+        assert beat.card is not None
+        assert beat.offers is not None
+        card = replace(beat.card, node_id=NodeId(f"node-{at}"))
+        market.put(card, beat.offers[0], beat.loads[0], beat.state, expires_s=FOREVER_S, now_s=AT_S)
+        market.heard(card.node_id, beat.offers[0].model, running=beat.loads[0].slots_free, now_s=AT_S)
+    market.refresh(now_s=AT_S)
+    for at, needs in enumerate((PLAIN, HURRIED, replace(HURRIED, prefer="fast"), replace(HURRIED, strict=True), WAITING)):
+        call = call_of(needs, path="/v1/completions", org="org")
+        made, _ = quotes(call, market, now=NOW)
+        for one in made:
+            assert one.cost_expected_micro >= 0
+            assert one.cost_max_micro >= 0
+            assert 0 <= one.first_token_in_ms <= one.end_in_ms
+            assert 0.0 <= one.per_token_ms < math.inf
+            assert 0.0 <= one.chance <= 1.0
+        for explores in (False, True):
+            match(replace(call, id=call_id(explores=explores)), market, now=NOW)
+        if made:
+            market.began(f"call-{at}", call, made[0], now_s=AT_S)
+            market.first(f"call-{at}", now_s=AT_S)
+            market.ended(f"call-{at}", call, Usage(output_tokens=50), now_s=AT_S + at)
+            market.refresh(now_s=AT_S + at)
+
+
+HURRIED = replace(PLAIN, first_token_within_ms=1, per_token_within_ms=1, deadline_at_ms=NOW.wall_ms + 1)
+ODD_BATCHES = ((2**63 - 1, 5e-324), (2, 5e-324), (-(2**63), 1.0))
+WAITING = replace(PLAIN, service_tier="flex", output_tokens_max=None)
 
 
 @pytest.mark.parametrize(
@@ -358,23 +390,40 @@ def offering(speed: Speed = Speed(), **changes: Any) -> bytes:  # noqa: B008  (f
         pytest.param(offering(), id="nothing measured"),
         pytest.param(offering(Speed(prefill_tokens_per_s=90.5, decode_tokens_per_s=1e9), slots=0), id="fast, and full"),
         pytest.param(offering(Speed(prefill_tokens_per_s=1e-3, decode_tokens_per_s=1e-3), context_tokens=2**40), id="slow"),
+        pytest.param(offering(Speed(prefill_tokens_per_s=5e-324, decode_tokens_per_s=5e-324)), id="a speed of almost nothing"),
+        pytest.param(offering(Speed(decode_tokens_per_s=1e9, decode_by_streams=ODD_BATCHES)), id="odd batches"),
+        pytest.param(offering(Speed(writes=False)), id="it embeds, at an unknown speed"),
         pytest.param(
-            offering(Speed(decode_tokens_per_s=5e-324)),
-            id="a speed of almost nothing",
+            offering(
+                price=Price(prompt_micro_per_munit=2**40, cached_prompt_micro_per_munit=2**40, output_micro_per_munit=2**40),
+                context_tokens=2**40,
+            ),
+            id="dear",
+        ),
+        pytest.param(offering(slots=2**40, context_tokens=0), id="as many slots as there can be, and no context"),
+        pytest.param(
+            offering(load=Load(model="tiny", readiness="loading", slots_free=2**40, waiting=2**40, waiting_max=2**40, ready_in_ms=2**40)),
+            id="loading for ever, and full",
         ),
     ],
 )
 def test_no_offer_that_is_read_breaks_its_quote(data: bytes) -> None:
     """One stranger's heartbeat must not end every call for a model."""
-    try:
-        beat = codec.heartbeat.read(data)
-    except WireError:
-        return
-    assert beat.card is not None
-    assert beat.offers is not None
-    made = quote(NEEDS, Candidate(offer=beat.offers[0], card=beat.card, load=beat.loads[0]))
-    assert made.cost_max_micro >= 0
-    assert 0 <= made.first_token_in_ms <= made.end_in_ms
+    usual = codec.heartbeat.read(offering(Speed(prefill_tokens_per_s=400.0, decode_tokens_per_s=20.0)))
+    beat = codec.heartbeat.read(data)
+    decided([beat])
+    decided([beat, usual])
+
+
+@PROMISE
+@given(st.lists(st.tuples(values(Offer), values(Load), values(Card)), min_size=1, max_size=3))
+def test_no_offer_that_could_be_read_breaks_its_quote(strangers: list[tuple[Offer, Load, Card]]) -> None:
+    sample = SAMPLES[m.Heartbeat]
+    beats = []
+    for offer, load, card in strangers:
+        offer = replace(offer, model="tiny", paths=frozenset({"/v1/completions"}))
+        beats.append(codec.heartbeat.read(encode(replace(sample, offers=(offer,), loads=(replace(load, model="tiny"),), card=card))))
+    decided(beats)
 
 
 def beat(**changes: Any) -> bytes:

@@ -10,9 +10,7 @@ from msgspec.structs import replace
 
 from fallow.core.match import pick
 from fallow.core.match.decide import FLEX_LEFT, FLEX_PATIENCE_S, FLEX_RETRY_MS, OTHERS_MAX, QUOTES_MAX, match, quotes
-from fallow.core.match.filter import RINGS
 from fallow.core.match.market import Market
-from fallow.core.match.rows import PARTS
 from fallow.model.call import Call
 from fallow.model.ids import NodeId, OrgId
 from fallow.model.needs import Needs, ServiceTier
@@ -26,7 +24,6 @@ from offers import (
     Lent,
     call_of,
     later,
-    looks,
     market_of,
     may,
     node_of,
@@ -39,7 +36,6 @@ from offers import (
 )
 
 PROMISE = settings(derandomize=True, deadline=None, max_examples=100)
-MANY = settings(derandomize=True, deadline=None, max_examples=40)
 PARTNERS = replace(PLAIN, partners=frozenset({OrgId("friend")}))
 FLEX = replace(PLAIN, service_tier="flex", deadline_at_ms=WALL_MS + 3_600_000)
 IN_TIME = replace(PLAIN, first_token_within_ms=1_000, per_token_within_ms=100)
@@ -332,86 +328,3 @@ def test_quotes_are_ranked_and_few() -> None:
     assert [quote.node_id for quote in found] == [f"node-{at:02}" for at in range(30, 30 - QUOTES_MAX, -1)]
     assert refusal is not None
     assert [(one.limit, one.offers) for one in refusal.stopped] == [("owner_is_back", 1)]
-
-
-# Many offers.
-def crowd(luck: random.Random, count: int, start: int = 0) -> list[Lent]:
-    """Offers of which some are alike in price."""
-    return [
-        Lent(
-            node=f"node-{at:03}",
-            org=luck.choice(["home", "friend", *["stranger"] * 8]),
-            kind=luck.choice(["cpu", "gpu"]),
-            prompt_price=luck.choice([0, 20_000, luck.randrange(100_000)]),
-            cached_price=luck.choice([0, 10_000]),
-            output_price=luck.choice([100_000, 101_000, 200_000, luck.randrange(10**6)]),
-            prefill=luck.choice([50.0, 400.0, 10 ** luck.uniform(1, 4)]),
-            decode=luck.choice([8.0, 30.0, 10 ** luck.uniform(0, 2)]),
-            others=luck.choice([0, 0, 0, 1, 2, 4]),
-            state=luck.choice(["run", "run", "run", "pause"]),
-        )
-        for at in range(start, start + count)
-    ]
-
-
-def grown(luck: random.Random) -> tuple[Market, dict[str, Lent]]:
-    """A market that was put in order, and changed since: offers came, went, and changed their prices."""
-    lents = {lent.node: lent for lent in crowd(luck, luck.choice([65, 300, PARTS[0], PARTS[0] + 1, PARTS[0] + 200]))}
-    market = market_of(lents.values(), refreshed=True)
-    for node in luck.sample(sorted(lents), 10):
-        lents[node] = replace(lents[node], output_price=luck.randrange(200_000))
-        put(market, lents[node])
-    for node in luck.sample(sorted(lents), 10):
-        market.drop(NodeId(node))
-        del lents[node]
-    for lent in crowd(luck, luck.randrange(30), start=500):
-        lents[lent.node] = lent
-        put(market, lent)
-    return market, lents
-
-
-many_needs = st.builds(
-    Needs,
-    model=st.just("tiny"),
-    prompt_tokens=st.integers(1, 2_000),
-    output_tokens_max=st.integers(1, 500),
-    first_token_within_ms=st.none() | st.sampled_from([300, 1_500, 5_000]),
-    per_token_within_ms=st.none() | st.sampled_from([40, 100]),
-    prefer=st.sampled_from(["cheap", "cheap", "fast"]),
-    rings=st.sampled_from([PLAIN.rings, frozenset({"market"}), frozenset({"own", "partner"})]),
-    partners=st.just(PARTNERS.partners),
-)
-
-
-@MANY
-@given(many_needs, st.integers(0, 2**32))
-def test_short_cuts_find_what_a_look_at_everything_finds(needs: Needs, seed: int) -> None:
-    call, (market, _) = call_of(needs), grown(random.Random(seed))
-    (everything,) = looks(market, call)
-    scores = {everything.node_id(at): float(everything.score[at]) for at in range(len(everything.rows))}
-    decision = match(call, market, now=NOW)
-    for ring, name in enumerate(RINGS):
-        able = everything.able & (everything.rings == ring) if name != "market" else everything.able
-        if able.any() and name in needs.rings:
-            least = float(everything.score[able].min())
-            place = placed(decision)
-            assert place.able > 0
-            if needs.prefer == "fast" and len(everything.rows) > PARTS[0]:
-                return  # any of the fastest will do
-            assert scores[place.node_id] <= least * (1.0 + pick.NEAR) + 1e-9
-            return
-    assert not isinstance(decision, Place) or decision.able == 0
-
-
-@MANY
-@given(many_needs, st.integers(0, 2**32))
-def test_the_order_in_which_many_came_changes_nothing(needs: Needs, seed: int) -> None:
-    luck = random.Random(seed)
-    first, more = crowd(luck, 150), crowd(luck, 20, start=500)
-    decisions = []
-    for order in (luck.sample, lambda all, count: all):
-        market = market_of(order(first, len(first)), refreshed=True)
-        for lent in order(more, len(more)):
-            put(market, lent)
-        decisions.append(match(call_of(needs), market, now=NOW))
-    assert decisions[0] == decisions[1]

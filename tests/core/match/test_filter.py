@@ -1,5 +1,7 @@
 """What each limit stops and lets pass, and that rings come from both sides' organisations."""
 
+from typing import Any
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -136,7 +138,7 @@ WORST = Lent(
     expires_s=0.0,
     others=1,
 )
-MENDED = (
+MENDED: tuple[tuple[str, dict[str, Any]], ...] = (
     ("path_not_offered", {"paths": frozenset({CHAT})}),
     ("quantisation", {"quantisation": "q4_0"}),
     ("ring", {"org": "home"}),

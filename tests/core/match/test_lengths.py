@@ -98,8 +98,8 @@ def test_chances_add_up_and_stay_within_the_limit(answers: list[tuple[KeyId, int
     assert 0.0 <= length.cumulative[0] <= 1.0
     assert length.cumulative[-1] == pytest.approx(1.0)
     assert 1.0 <= length.mean_tokens <= (2**14 if limit is None else limit)
-    tokens = np.array([-1e18, -1.0, 0.0, 0.5, 1.0, 2.0, 77.7, 1e3, 2.0**14, 1e18])
-    below = length.below(tokens)
+    some = np.array([-1e18, -1.0, 0.0, 0.5, 1.0, 2.0, 77.7, 1e3, 2.0**14, 1e18])
+    below = length.below(some)
     assert (np.diff(below) >= 0.0).all()
     assert (below[:4] == 0.0).all()  # an answer has a token at least
     assert below[-1] == pytest.approx(1.0)

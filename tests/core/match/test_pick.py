@@ -53,8 +53,8 @@ def test_what_is_taken_is_near_the_best(scores: list[float], luck: float) -> Non
 @given(st.permutations([(1.0, 3.0, "a"), (1.0, 3.0, "b"), (1.01, 1.0, "c"), (1.015, 3.0, "d"), (2.0, 0.0, "e")]), st.sampled_from(LUCK))
 def test_no_order_of_rows_matters(rows: list[tuple[float, float, str]], luck: float) -> None:
     def name(rows: list[tuple[float, float, str]]) -> str:
-        scores, sooner, names = (list(column) for column in zip(*rows, strict=True))
-        return names[picked(scores, sooner, "".join(names), luck=luck)]
+        at = picked([row[0] for row in rows], [row[1] for row in rows], "".join(row[2] for row in rows), luck=luck)
+        return rows[at][2]
 
     assert name(rows) == name(sorted(rows))
 

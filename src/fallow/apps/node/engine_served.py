@@ -32,6 +32,8 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     slots: int
     memory_bytes: int
     paths: frozenset[str]
+    family: str = ""
+    quantisation: str = ""
     dimensions: int | None = None
     may_shorten: bool = False
     control_tokens: tuple[str, ...] = ()
@@ -54,6 +56,8 @@ class EngineServed(Lane, abc.ABC):
             digest=facts.digest,
             paths=facts.paths,
             speed=facts.speed,
+            family=facts.family,
+            quantisation=facts.quantisation,
         )
         self.facts = facts
         self.supervisor = supervisor

@@ -110,6 +110,8 @@ class Loader:
         launch = subject.launch(size, f"e{self._made}")
         facts = Facts(
             model=subject.model,
+            family=weights.family,
+            quantisation=weights.quantisation,
             digest=subject.digest,
             context_tokens=size.context_tokens,
             slots=size.slots,

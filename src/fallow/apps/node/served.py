@@ -80,6 +80,8 @@ class Lane:
         paths: frozenset[str],
         speed: Speed | None = None,
         price: Price | None = None,
+        family: str = "",
+        quantisation: str = "",
     ) -> None:
         self.model = model
         self.slots = slots
@@ -91,6 +93,8 @@ class Lane:
         self._digest = digest
         self._speed = speed or Speed()
         self.price = price or Price()
+        self._family = family
+        self._quantisation = quantisation
 
     def offer(self, node_id: NodeId, expires_at_ms: int) -> Offer:
         return Offer(
@@ -103,6 +107,8 @@ class Lane:
             price=self.price,
             slots=self.slots,
             expires_at_ms=expires_at_ms,
+            family=self._family,
+            quantisation=self._quantisation,
         )
 
     def load(self, *, running: int) -> Load:

@@ -18,11 +18,12 @@ class Facts(NamedTuple):
 
     `prompt_price`, `cached_price`, `output_price` are micro-credits per token. `rate` is the prompt tokens a second that a new
     call gets, `prefill_var` its relative variance; `step` the seconds per token, `spread` the standard deviation of its
-    logarithm. `ahead_s` passes before anything of the call is read (round trip, loading), the prompts that came before are
-    read by `queue_until`, of which `queue_rest` seconds haven't begun; `theirs_s` of these are a guess at other gateways'. `held` counts calls that are known to be there, of
-    `slots` and `room` (slots and queue places); where they are full, `slot_s` is when the first slot is expected to be free.
-    `token_work` is the seconds of the machine that a token of output takes on a busy one, `rent` what a second is worth to the
-    calls to come. `kind` and `org` are numbers for the filter; `stop` is 0, or the limit that the node's own state is.
+    logarithm. `ahead_s` passes before anything of the call is read (round trip, loading), the prompts that came before are read
+    by `queue_until`, of which `queue_rest` seconds haven't begun; `theirs_s` of these are a guess at other gateways'. `held`
+    counts calls known to be there, of `slots` and `room` (slots and queue places); where they are full, `slot_s` is when the
+    first slot is expected to be free. `token_work` is the seconds of the machine that a token of output takes on a busy one,
+    `rent` what a second is worth to the calls to come. `kind` and `org` are numbers for the filter; `stop` is 0, or the limit
+    that the node's own state is.
     """
 
     prompt_price: Floats

@@ -60,6 +60,7 @@ class Market:
             kind=self._kind(kind_of(card, offer)),
             org=self.org(card.org_id),
             stop=stop,
+            is_gpu=card.hardware.kind == "gpu",
             expires_s=expires_s,
             rtt_s=rtt_s,
         )

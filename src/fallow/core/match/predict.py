@@ -17,6 +17,9 @@ from fallow.core.match.lengths import Length
 PREFILL_TOKENS_PER_S_GUESS = 50.0
 DECODE_TOKENS_PER_S_GUESS = 8.0
 """For an offer that nobody measured: a slow machine, so that a measured one is preferred."""
+GPU_PREFILL_TOKENS_PER_S_GUESS = 1_000.0
+GPU_DECODE_TOKENS_PER_S_GUESS = 30.0
+"""The same on a GPU, such as a server that a lender has attached."""
 OUTPUT_TOKENS_GUESS = 256.0
 TOKENS_PER_S_MIN = 1e-3
 """Slower than that is as good as never, and the arithmetic stays finite."""
@@ -24,7 +27,7 @@ SHARE = 0.7
 """What reading a prompt gets of the machine while answers are being written beside it."""
 QUEUE_VAR = 0.04
 """Relative variance of the prompts that are to be read before, beyond that of the machine's speed."""
-THEIRS_VAR = 0.5
+THEIRS_VAR = 4.0
 """Relative variance of what other gateways' calls have unread: all that is known of them is their number."""
 WAIT_SD = 0.8
 """Relative error of the time until a slot is free: it depends on how long others' answers become."""
@@ -60,6 +63,13 @@ def phi(z: Floats) -> Floats:
     z = np.clip(z, -SURE_Z, SURE_Z)
     below: Floats = 1.0 / (1.0 + np.exp(-(PHI_LINE + PHI_CUBE * z * z) * z))
     return below
+
+
+def guess(*, is_gpu: bool) -> tuple[float, float]:
+    """The speeds of reading and writing of an offer that nobody measured."""
+    if is_gpu:
+        return GPU_PREFILL_TOKENS_PER_S_GUESS, GPU_DECODE_TOKENS_PER_S_GUESS
+    return PREFILL_TOKENS_PER_S_GUESS, DECODE_TOKENS_PER_S_GUESS
 
 
 def times(f: Facts, *, prompt: float, warm: Floats | float, output_mean: float, now_s: float) -> Times:

@@ -34,6 +34,7 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     stop: int
     load: Load
     expires_s: float
+    is_gpu: bool
     rtt_s: float = 0.0
 
 
@@ -84,8 +85,9 @@ class Rows:
         c.prompt_price[at] = offer.price.prompt_micro_per_munit / 1e6
         c.cached_price[at] = min(offer.price.cached_prompt_micro_per_munit, offer.price.prompt_micro_per_munit) / 1e6
         c.output_price[at] = offer.price.output_micro_per_munit / 1e6
-        c.prefill[at] = max(predict.TOKENS_PER_S_MIN, speed.prefill_tokens_per_s or predict.PREFILL_TOKENS_PER_S_GUESS)
-        c.decode[at] = max(predict.TOKENS_PER_S_MIN, speed.decode_tokens_per_s or predict.DECODE_TOKENS_PER_S_GUESS)
+        prefill, decode = predict.guess(is_gpu=row.is_gpu)
+        c.prefill[at] = max(predict.TOKENS_PER_S_MIN, speed.prefill_tokens_per_s or prefill)
+        c.decode[at] = max(predict.TOKENS_PER_S_MIN, speed.decode_tokens_per_s or decode)
         c.slope[at] = slope_of(offer)
         c.slots[at] = max(1, offer.slots)
         c.room[at] = offer.slots + row.load.waiting_max

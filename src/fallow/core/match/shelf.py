@@ -15,8 +15,11 @@ OVERRUN = 1.1
 OVERDUE_S = 0.5
 PROMPT_MEAN_TOKENS = 500.0
 MEAN_RATE = 0.02
-SHARE_RATE = 0.01
-EACH_RATE = 0.03
+SHARE_RATE = 0.005
+SHARE_MIN = 0.02
+EACH_RATE = 0.1
+EACH_MOST = 1.5
+"""Another gateway's call has at most so many mean prompts unread."""
 
 
 class Booking(msgspec.Struct, kw_only=True):
@@ -45,8 +48,7 @@ class Shelf(Rows):
         self.asked_s: deque[float] = deque(maxlen=rent.CALLS_MAX)
         self.dear_prompt = self.dear_output = 0.0
         self.prompt_mean, self.output_mean = PROMPT_MEAN_TOKENS, predict.OUTPUT_TOKENS_GUESS
-        self.share = 1.0
-        """The part of what the offers run that is this gateway's."""
+        self._ours = self._running = 0.01
         self._refreshed_s = 0.0
 
     def put(self, node_id: NodeId, row: Row, *, now_s: float) -> None:
@@ -76,8 +78,7 @@ class Shelf(Rows):
         queued = c.head_s[row] > booking.began_s + 0.01
         if not booking.waits and not queued:
             took = now_s - start - float(c.rtt_s[row]) - float(c.load_s[row])
-            reading = learn.Reading(booking.prompt, took, bool(c.streams[row] > 0))
-            learn.learn_reading(c, row, reading)
+            self._learn_reading(row, booking.prompt, took, shared=bool(c.streams[row] + c.others[row] > 0))
         booking.first_s = now_s
         step = (1.0 + c.slope[row] * (min(c.slots[row], len(self.bookings[booking.node_id])) - 1.0)) / c.decode[row]
         booking.end_s = now_s + OVERRUN * booking.output * step * math.exp(-c.decode_log[row])
@@ -104,8 +105,18 @@ class Shelf(Rows):
             step = (took - booking.first_in_s) / (tokens - 1)
             learn.learn_writing(self.columns, row, learn.Writing(step, booking.streams))
         elif not booking.waits:
-            reading = learn.Reading(booking.prompt, took - float(self.columns.load_s[row]), bool(self.columns.streams[row] > 0))
-            learn.learn_reading(self.columns, row, reading)
+            self._learn_reading(row, booking.prompt, took - float(self.columns.load_s[row]), shared=bool(self.columns.streams[row] > 0))
+
+    def _learn_reading(self, row: int, tokens: float, took_s: float, *, shared: bool) -> None:
+        """What took longer than this prompt alone is other gateways' prompts, as far as they can explain it."""
+        c = self.columns
+        others = float(c.others[row])
+        if others:
+            extra = max(0.0, took_s * float(c.rate[row]) - tokens) / others
+            each = min(extra, EACH_MOST * self.prompt_mean)
+            c.unread_each[row] += EACH_RATE * (each - c.unread_each[row])
+            tokens += others * each
+        learn.learn_reading(c, row, learn.Reading(tokens, took_s, shared))
 
     def heard(self, node_id: NodeId, *, running: int, ours: int, now_s: float) -> None:
         """A heartbeat: the offer runs so many calls, of which `ours` were this gateway's when it was sent."""
@@ -115,13 +126,9 @@ class Shelf(Rows):
         c = self.columns
         others = max(0, running - ours)
         c.others[row] = others
-        held = len(self.bookings.get(node_id, ()))
-        if held:
-            left = max(0.0, float(c.queue_until[row]) - now_s - float(c.theirs_s[row])) * float(c.rate[row])
-            c.unread_each[row] += EACH_RATE * (left / held - c.unread_each[row])
         predict.derive(c, row)
-        if running:
-            self.share += SHARE_RATE * (ours / running - self.share)
+        self._ours += SHARE_RATE * (ours - self._ours)
+        self._running += SHARE_RATE * (running - self._running)
 
     def _recount(self, node_id: NodeId, now_s: float | None = None) -> None:
         """Write what this gateway has on a node into its columns."""
@@ -163,7 +170,8 @@ class Shelf(Rows):
             row, c = self.row_of.get(node_id), self.columns
             if row is not None and reading and not reading[0].waits:
                 began = max(reading[0].began_s, float(c.head_s[row])) + OVERDUE_S + float(c.load_s[row])
-                learn.learn_overdue(c, row, tokens=reading[0].prompt, waited_s=now_s - began)
+                others = float(c.others[row]) * EACH_MOST * self.prompt_mean
+                learn.learn_overdue(c, row, tokens=reading[0].prompt + others, waited_s=now_s - began)
                 predict.derive(c, row)
         learn.forget(self.columns.part(0, count), passed_s=max(0.0, now_s - self._refreshed_s))
         self._refreshed_s = now_s
@@ -176,9 +184,13 @@ class Shelf(Rows):
         calls = max(rent.CALLS_MIN, min(len(self.wanted), rent.CELLS_MAX // rows))
         wanted: Floats = np.array(list(self.wanted)[-calls:])
         asked = list(self.asked_s)[-calls:]
-        calls_per_s = len(asked) / max(1e-3, now_s - asked[0]) / max(0.05, self.share)
+        calls_per_s = len(asked) / max(1e-3, now_s - asked[0]) / self.share()
         c = self.columns.part(0, rows)
         c.rent[:] = rent.rents(c, wanted, calls_per_s=calls_per_s)
+
+    def share(self) -> float:
+        """The part of what the offers run that is this gateway's."""
+        return min(1.0, max(SHARE_MIN, self._ours / self._running))
 
     def wants(self, wanted: rent.Wanted, *, now_s: float) -> None:
         """A call that this model is asked for."""
