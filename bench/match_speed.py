@@ -33,8 +33,6 @@ REPRICED_SHARE = 0.001
 PAUSED_SHARE = 0.001
 """Of all offers, those that change their price, or whose owner comes or goes, in a second."""
 REFUSALS = 300
-GC_OBJECTS = 700
-"""Allocations between collections of the youngest generation, Python's default."""
 
 
 class Size(NamedTuple):
@@ -64,6 +62,8 @@ class Life:
         self.spent: dict[str, list[float]] = {
             name: [] for name in ("decide", "demand", "began", "first", "ended", "heard", "put", "refresh")
         }
+        self.cpu_us: list[float] = []
+        """Decisions again, without the time that other processes took."""
         self.outcomes: Counter[str] = Counter()
         self.by_outcome: dict[str, list[float]] = {"place": [], "wait": [], "refuse": []}
         self._chance = random.Random(seed + 1)
@@ -101,9 +101,11 @@ class Life:
         if demand is not None:
             self.market.asked(call, demand, now_s=self.now_s)
         self._spent("demand", begin)
-        begin = time.perf_counter_ns()
+        begin, begin_cpu = time.perf_counter_ns(), time.thread_time_ns()
         answer = match(call, self.market, now=moment)
+        cpu_us = (time.thread_time_ns() - begin_cpu) / 1000
         took_us = self._spent("decide", begin)
+        self.cpu_us.append(cpu_us)
         outcome = "place" if isinstance(answer, Place) else "refuse" if isinstance(answer, Refuse) else "wait"
         self.outcomes[outcome] += 1
         self.by_outcome[outcome].append(took_us)
@@ -112,7 +114,7 @@ class Life:
 
     def forget_times(self) -> None:
         """The warm-up is over."""
-        for values in (*self.spent.values(), *self.by_outcome.values()):
+        for values in (*self.spent.values(), *self.by_outcome.values(), self.cpu_us):
             values.clear()
         self.outcomes.clear()
 
@@ -189,6 +191,12 @@ def figures(title: str, size: Size, life: Life, put_s: float, order_s: float) ->
         Figure(name=f"{title}: one decision, p50", value=p50, unit="µs", goal=size.goal_us, note=shares),
         Figure(name=f"{title}: one decision, p99", value=p99, unit="µs", goal=3 * p50, note=f"worst {max(decide):,.0f}"),
         Figure(name=f"{title}: p99 ÷ p50", value=p99 / p50, unit="", goal=3.0),
+        Figure(
+            name=f"{title}: one decision, processor time, p50",
+            value=percentile(life.cpu_us, 0.5),
+            unit="µs",
+            note=f"p99 {percentile(life.cpu_us, 0.99):,.0f}, ÷ p50 {percentile(life.cpu_us, 0.99) / percentile(life.cpu_us, 0.5):.1f}",
+        ),
     ]
     for outcome, took in life.by_outcome.items():
         if took:
@@ -233,6 +241,7 @@ def measure_refusals(seed: int) -> list[Figure]:
     found = []
     for name, needs in UNMET.items():
         took = []
+        counted = 0
         for number in range(REFUSALS):
             call = Call(
                 id=CallId(f"refused-{number}"),
@@ -249,9 +258,8 @@ def measure_refusals(seed: int) -> list[Figure]:
             answer = match(call, life.market, now=Moment(call.arrived_at_ms, life.now_s))
             took.append((time.perf_counter_ns() - begin) / 1e6)
             assert isinstance(answer, Refuse), f"{name}: somebody meets it"
-        note = (
-            f"p50 {percentile(took, 0.5):.2f}; counts {sum(one.offers for one in answer.stopped):,} offers at {len(answer.stopped)} limits"
-        )
+            counted = sum(one.offers for one in answer.stopped)
+        note = f"p50 {percentile(took, 0.5):.2f}; counts {counted:,} offers"
         found.append(Figure(name=f"refusal at 10,000 offers, {name}, p99", value=percentile(took, 0.99), unit="ms", goal=50.0, note=note))
     return found
 

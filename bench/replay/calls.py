@@ -150,7 +150,7 @@ class Callers:
         chance, make_up = self._chance, self._make_up
         org = chance.choices(list(make_up.callers), list(make_up.callers.values()))[0]
         partners = frozenset(OrgId(one) for one in make_up.callers if one != org) if chance.random() < 0.5 else frozenset()
-        tier: ServiceTier = ("default", "default", "flex", "default", "priority", "default", "flex", "default")[number % 8]  # type: ignore[assignment]
+        tier: ServiceTier = ("default", "default", "flex", "default", "priority", "default", "flex", "default")[number % 8]
         output_log = chance.uniform(math.log(12), math.log(350))
         roll = chance.random()
         says, dated = roll < 0.5 and tier == "default", 0.5 <= roll < 0.65 and tier == "default"

@@ -198,7 +198,12 @@ def windows(with_lies: Replayed, without: Replayed, lies: Lies, liars: Sequence[
 
 
 def _hasty(run: Replayed, begin_s: float, end_s: float) -> list[Story]:
-    return [s for s in run.stories if begin_s <= s.asking.at_s < end_s and s.asking.call.needs.first_token_within_ms is not None]
+    """Those that weren't refused: a caller who asked for that got an answer at once."""
+    return [
+        s
+        for s in run.stories
+        if begin_s <= s.asking.at_s < end_s and s.asking.call.needs.first_token_within_ms is not None and s.fate != "refused"
+    ]
 
 
 def _p99(stories: Sequence[Story]) -> float:

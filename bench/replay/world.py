@@ -155,7 +155,8 @@ class Machine(msgspec.Struct, kw_only=True):
 
 def step_factor(sort: Class, streams: int, context: float) -> float:
     """How many times longer than a lone stream's with an empty context a step is."""
-    return (1.0 + sort.a * max(0, streams - 1) ** sort.b) * (1.0 + context / sort.context_scale)
+    batch: float = max(0, streams - 1) ** sort.b
+    return (1.0 + sort.a * batch) * (1.0 + context / sort.context_scale)
 
 
 def pool(name: str, *, seed: int, span_s: float, lies: Lies | None = None) -> list[Machine]:

@@ -75,13 +75,7 @@ TAKEN: list[Any] = [
     ),
     # When none is likely to meet the needs, a call of the default tier goes where it is least late.
     pytest.param(IN_TIME, [SLOW, SLOWER], "slow", id="least late"),
-    pytest.param(
-        IN_TIME,
-        [replace(SLOW, node="b"), replace(SLOW, node="a")],
-        "a",
-        id="ties of the late by id",
-        marks=pytest.mark.xfail(strict=True, reason="decide._second_best breaks ties within a look by row, not by id"),
-    ),
+    pytest.param(IN_TIME, [replace(SLOW, node="b"), replace(SLOW, node="a")], "a", id="ties of the late by id"),
     pytest.param(replace(IN_TIME, prefer="fast"), [SLOW, SLOWER], "slow", id="least late for the hasty"),
     pytest.param(
         replace(PLAIN, deadline_at_ms=WALL_MS + 1_000), [SLOW, SLOWER, replace(CHEAP, others=4)], "slow", id="late is better than refused"
@@ -208,14 +202,12 @@ def test_flex_waits_no_longer_than_it_can(waited_s: float, deadline_s: float, wa
     assert isinstance(decision, Wait if waits else Place)
 
 
-@pytest.mark.xfail(strict=True, reason="decide._second_best makes flex wait for offers that no waiting will make possible")
 @pytest.mark.parametrize("changes", [{"output_price": 2 * CREDIT}, {"region": "us"}, {"paths": frozenset()}, {"context": 10}])
 def test_flex_does_not_wait_for_what_can_never_take_it(changes: dict[str, Any]) -> None:
     needs = replace(FLEX, price_max_micro_per_munit=CREDIT, regions=frozenset({"eu-de"}), prompt_tokens=1_000)
     assert isinstance(match(call_of(needs), market_of([replace(CHEAP, **changes)]), now=NOW), Refuse)
 
 
-@pytest.mark.xfail(strict=True, reason="the quiet cost that decide._patience compares with leaves out the cost of a miss")
 def test_flex_takes_an_idle_offer_whose_chance_will_do() -> None:
     """There is nothing to wait for."""
     needs = replace(FLEX, first_token_within_ms=300)
@@ -224,13 +216,11 @@ def test_flex_takes_an_idle_offer_whose_chance_will_do() -> None:
     assert node_of(match(call_of(needs), market, now=NOW)) == "cheap"
 
 
-@pytest.mark.xfail(strict=True, reason="for flex a busy own node isn't able, so the next ring is taken although waiting would do")
 def test_flex_waits_for_its_own_ring_while_it_can() -> None:
     market = market_of([CHEAP, replace(DEAR, org="home", others=2)])
     assert isinstance(match(call_of(FLEX), market, now=NOW), Wait)
 
 
-@pytest.mark.xfail(strict=True, reason="decide._patience compares the seconds of a fast call with the cost of a quiet offer")
 def test_flex_that_prefers_speed_waits_for_nothing_idle() -> None:
     assert node_of(match(call_of(replace(FLEX, prefer="fast")), market_of([replace(GPU, output_price=0)]), now=NOW)) == "gpu"
 

@@ -106,8 +106,8 @@ ROUNDED = "explain._credits rounds to the nearest of 6 digits, so that half of t
     [
         ("price_max_micro_per_munit", Lent(output_price=210_000)),
         ("cost_max_micro", Lent(output_price=20 * CREDIT)),
-        pytest.param("price_max_micro_per_munit", Lent(output_price=1_234_564), marks=pytest.mark.xfail(strict=True, reason=ROUNDED)),
-        pytest.param("cost_max_micro", Lent(prompt_price=123_457), marks=pytest.mark.xfail(strict=True, reason=ROUNDED)),
+        pytest.param("price_max_micro_per_munit", Lent(output_price=1_234_564)),
+        pytest.param("cost_max_micro", Lent(prompt_price=123_457)),
     ],
 )
 def test_a_caller_who_raises_the_limit_to_the_figure_is_let_through(name: str, lent: Lent) -> None:

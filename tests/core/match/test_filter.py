@@ -231,9 +231,6 @@ def test_a_card_can_only_narrow_its_ring(
             assert refused(match(call, market, now=NOW)).limit == "ring"
 
 
-@pytest.mark.xfail(
-    strict=True, raises=IndexError, reason="rows.put counts organisations for new rows only; survey.floor then looks at an empty ring"
-)
 def test_a_node_that_changes_its_organisation_changes_its_ring() -> None:
     """The former owner is not left with a look at nothing."""
     market = market_of([Lent(org="home"), Lent(node="node-b")])

@@ -69,11 +69,7 @@ def test_who_is_slower_than_it_says_is_found_out_after_a_few_answers() -> None:
     "slow",
     [
         pytest.param(2.0, id="an answer every six seconds"),
-        pytest.param(
-            20.0,
-            id="an answer a minute",
-            marks=pytest.mark.xfail(strict=True, reason="learn.forget fades fresh evidence too, faster than RATE takes in what is rare"),
-        ),
+        pytest.param(20.0, id="an answer a minute"),
     ],
 )
 def test_what_is_seen_again_and_again_is_what_is_expected(slow: float) -> None:
@@ -158,7 +154,6 @@ def test_one_call_in_a_hundred_believes_what_a_node_says() -> None:
     assert 15 <= gone <= 45
 
 
-@pytest.mark.xfail(strict=True, reason="predict.as_cards_say keeps the variance that the bad hour left, so no call in a hurry explores")
 def test_a_call_in_a_hurry_explores_too() -> None:
     market = market_of([LIAR, HONEST])
     passed_s = taught(market, "liar", reads=20.0, writes=1.0)

@@ -70,7 +70,6 @@ def test_who_is_known_without_a_limit_is_known_a_little_with_one() -> None:
     assert mean(lengths, BRIEF, 1_000) < mean(Lengths(), BRIEF, 1_000) / 2
 
 
-@pytest.mark.xfail(strict=True, reason="Lengths.learn forgets what was worked out for its own class of limits only")
 def test_what_was_asked_before_is_not_what_is_known_now() -> None:
     asked, fresh = Lengths(), Lengths()
     mean(asked, BRIEF, 1_000)

@@ -162,7 +162,6 @@ def test_never_is_all_of_a_prompt_warm() -> None:
 
 
 # Offers come and go.
-@pytest.mark.xfail(strict=True, raises=KeyError, reason="Shelf.drop forgets the node's bookings, and Shelf.first looks for them")
 def test_a_node_that_comes_back_while_its_call_goes_on() -> None:
     """The broker went away for a moment: the node is forgotten and back, and the first token of its call comes afterwards."""
     market, call = market_of([LIAR]), call_of(IN_TIME)
@@ -210,7 +209,6 @@ def test_a_family_is_all_models_that_say_so() -> None:
     assert refused(match(call_of(kin), market, now=NOW)).limit == "model_not_offered"
 
 
-@pytest.mark.xfail(strict=True, raises=KeyError, reason="Market.drop forgets the family of the offer that goes last, not what others said")
 def test_a_family_that_not_all_lenders_name() -> None:
     market = market_of([replace(LIAR, family="kin"), HONEST])
     market.drop(NodeId("liar"))
@@ -218,7 +216,6 @@ def test_a_family_that_not_all_lenders_name() -> None:
     assert refused(match(call_of(replace(PLAIN, model="kin")), market, now=NOW)).limit == "no_nodes"
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="Market.put looks at an offer's family the first time only")
 def test_a_family_that_is_named_later() -> None:
     market = market_of([LIAR])
     put(market, replace(LIAR, family="kin"))

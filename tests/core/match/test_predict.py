@@ -141,7 +141,6 @@ def test_what_embeds_is_done_when_the_prompt_is_read() -> None:
     assert quote_at(market_of([EMBEDS]), call_of(late), "node-a").chance < 0.5
 
 
-@pytest.mark.xfail(strict=True, reason="rows._write lets the last offer say for its whole shelf whether the model writes")
 def test_one_lender_cannot_say_that_the_others_do_not_write() -> None:
     """Else a stranger makes every quote of the model too low, and what was quoted is all that can be charged."""
     alone = quote_at(market_of([LENT]), call_of(), "node-a")

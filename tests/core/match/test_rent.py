@@ -91,7 +91,6 @@ def test_who_can_go_elsewhere_leaves_a_scarce_machine() -> None:
     assert getattr(tight, "quote", None) == getattr(fresh, "quote", ())
 
 
-@pytest.mark.xfail(strict=True, reason="rent.rents lets all calls choose the first row where no machine is there")
 def test_a_machine_that_is_not_there_has_no_rent() -> None:
     market = market_of([replace(GPU, state="pause"), replace(CPU, readiness="failed")])
     asked(market, TIGHT, per_s=8.0, seconds=20)

@@ -121,12 +121,14 @@ class OnTheShelf(RuleBasedStateMachine):
             self.market.ended(id, call_of(), Usage(output_tokens=40), now_s=AT_S + self.now_s)
         self.left.clear()
 
-    @rule(node=some_node, running=st.integers(0, 6))
-    def a_heartbeat_comes(self, node: str, running: int) -> None:
+    @precondition(lambda self: self.lents)
+    @rule(at=st.integers(0, 10**6), running=st.integers(0, 6), busy=st.booleans())
+    def a_heartbeat_comes(self, at: int, running: int, busy: bool) -> None:
+        among = sorted({held.node for held in self.calls.values()} if busy and self.calls else self.lents)
+        node = among[at % len(among)]
         ours = sum(held.node == node for held in self.calls.values())
         self.market.heard(NodeId(node), "tiny", running=running, now_s=AT_S + self.now_s)
-        if node in self.lents:
-            self.others[node] = max(0, running - ours)
+        self.others[node] = max(0, running - ours)
 
     @rule(seconds=st.sampled_from([0.0, 0.1, 3.0, 100.0]))
     def time_passes(self, seconds: float) -> None:
@@ -300,9 +302,6 @@ def test_the_order_in_which_many_came_changes_nothing(needs: Needs, seed: int) -
     assert decisions[0] == decisions[1]
 
 
-@pytest.mark.xfail(
-    strict=True, reason="rows.put leaves cheapest_prompt as it was when only a prompt's price falls: survey.floor is too high"
-)
 def test_a_prompt_that_became_cheap_is_found_behind_many() -> None:
     needs = replace(PLAIN, prompt_tokens=2_000, output_tokens_max=1)
     prices = [CREDIT // 2] * PARTS[0] + [CREDIT] * 50
@@ -327,6 +326,17 @@ def test_able_counts_each_offer_once() -> None:
     lents = [Lent(node=f"node-{at:04}", decode=10.0 + at, state="run" if at < 3 else "pause") for at in range(PARTS[0] + 50)]
     for needs in (PLAIN, replace(PLAIN, prefer="fast"), PARTNERS):
         assert placed(match(call_of(needs), market_of(lents, refreshed=True), now=NOW)).able == 3
+
+
+@pytest.mark.parametrize(("mine", "running", "others"), [(0, 0, 0), (0, 3, 3), (2, 2, 0), (2, 3, 1), (3, 1, 0)])
+def test_a_heartbeat_counts_this_gateways_calls_too(mine: int, running: int, others: int) -> None:
+    """What is left when they are taken away runs for others; a heartbeat that is older than a call knows of too few."""
+    market, call = market_of([Lent(waiting_max=9)]), call_of()
+    for at in range(mine):
+        market.began(f"mine-{at}", call, quote_at(market, call, "node-a"), now_s=AT_S)
+    market.heard(NodeId("node-a"), "tiny", running=running, now_s=AT_S)
+    shelf = market.shelves("tiny")[0]
+    assert (shelf.columns.others[0], shelf.held(0)) == (others, mine + others)
 
 
 def test_rows_are_put_in_order_now_and_then_only() -> None:

@@ -53,10 +53,11 @@ class Facts(NamedTuple):
 class Columns(NamedTuple):
     """All that is kept of offers: the facts, and what they follow from.
 
-    `prefill` and `decode` are what the card says, in tokens per second; `prefill_log`, `decode_log` are learnt corrections of them
-    as logarithms, `decode_var` is the relative variance. `slope` is how much longer a step takes with each further stream.
-    `streams` and `reading` count this gateway's calls there, `unread` are their prompts' tokens, of which `head` are being read
-    since `head_s`. `others` run for other gateways; `unread_each` is how many tokens a call there has unread on average.
+    `prefill` and `decode` are what the card says, in tokens per second; `prefill_log`, `decode_log` are learnt corrections of
+    them as logarithms, `decode_var` is the relative variance. `slope` is how much longer a step takes with each further stream.
+    `writes` is 0 for what answers as soon as it has read. `streams` and `reading` count this gateway's calls there, `unread` are
+    their prompts' tokens, of which `head` are being read since `head_s`. `others` run for other gateways; `unread_each` is how
+    many tokens a call there has unread on average.
     """
 
     prompt_price: Floats
@@ -84,6 +85,7 @@ class Columns(NamedTuple):
     prefill: Floats
     decode: Floats
     slope: Floats
+    writes: Floats
     rtt_s: Floats
     load_s: Floats
     prefill_log: Floats

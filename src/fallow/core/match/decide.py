@@ -35,9 +35,10 @@ def match(call: Call, market: Market, *, tried: Collection[NodeId] = (), now: Mo
         found = [best for q in questions for best in _worth(survey.pool(q, ring), looks)]
         best = min(found, key=lambda one: (one.score, one.look.node_id(one.at)), default=None)
         if best is not None:
-            wait = _patience(call, looks, best, now)
-            return wait or _place(best, luck, looks)
-    return _second_best(call, market, questions, looks, now=now)
+            return _patience(call, looks, best, now) or _place(best, luck, looks)
+        if call.needs.service_tier == "flex" and _has_time(call, now) and any(survey.may_come(look).any() for look in looks):
+            return Wait(for_ms=FLEX_RETRY_MS, why="all that could take the call is busy now, and there is time")
+    return _second_best(call, market, questions, looks)
 
 
 def ask(call: Call, market: Market, *, tried: Collection[NodeId] = (), now: Moment, trusts_cards: bool = False) -> list[Question]:
@@ -99,17 +100,19 @@ def _place(best: Best, luck: float, looks: Sequence[Look]) -> Place:
 
 def _why(look: Look, able: int) -> str:
     least = "the quickest" if look.question.call.needs.prefer == "fast" else "the least expected cost"
-    return f"{least} of {able} offers that were likely to meet the call's needs" + (
+    offers = "1 offer that was" if able == 1 else f"{able} offers that were"
+    return f"{least} of {offers} likely to meet the call's needs" + (
         "; one call in a hundred believes what nodes say of themselves" if look.question.trusts_cards else ""
     )
 
 
 def _patience(call: Call, looks: Sequence[Look], best: Best, now: Moment) -> Wait | None:
     """A flex call waits for a cheaper offer that is busy now."""
-    if call.needs.service_tier != "flex" or not _has_time(call, now):
+    needs = call.needs
+    if needs.service_tier != "flex" or needs.prefer == "fast" or not _has_time(call, now):
         return None
-    quiet = min(survey.least_when_quiet(look) for look in looks)
-    if best.score <= quiet * (1.0 + pick.NEAR):
+    quiet = min(float(survey.when_quiet(look).min(initial=math.inf)) for look in looks)
+    if survey.when_quiet(best.look)[best.at] <= quiet * (1.0 + pick.NEAR):
         return None
     return Wait(for_ms=FLEX_RETRY_MS, why="a cheaper offer is busy now, and there is time")
 
@@ -121,11 +124,9 @@ def _has_time(call: Call, now: Moment) -> bool:
     return waited_s < FLEX_PATIENCE_S and left > FLEX_LEFT
 
 
-def _second_best(call: Call, market: Market, questions: Sequence[Question], looks: Sequence[Look], *, now: Moment) -> Place | Refuse | Wait:
-    """Nothing is likely to meet the needs: a flex call waits, a strict one is refused, any other goes where it is least late."""
+def _second_best(call: Call, market: Market, questions: Sequence[Question], looks: Sequence[Look]) -> Place | Refuse:
+    """Nothing is likely to meet the needs: a strict call is refused, any other goes where it is least late."""
     possible = [look for look in looks if (look.codes == 0).any()]
-    if call.needs.service_tier == "flex" and looks and _has_time(call, now):
-        return Wait(for_ms=FLEX_RETRY_MS, why="everything that could take the call is busy now")
     if not possible:
         return explain.refuse(call, market, [survey.everything(q) for q in questions])
     hope = max(float(look.chances[look.codes == 0].max()) for look in possible)
@@ -133,7 +134,7 @@ def _second_best(call: Call, market: Market, questions: Sequence[Question], look
     for look in possible:
         rank = look.score if hope >= HOPE_MIN and call.needs.prefer == "cheap" else survey.lateness(look)
         ranks = np.where(look.codes == 0, rank, math.inf)
-        at = int(ranks.argmin())
+        at = min(np.flatnonzero(ranks == ranks.min()).tolist(), key=look.node_id)
         found.append((float(ranks[at]), look.node_id(at), look, at))
     _, node_id, look, at = min(found, key=lambda one: one[:2])
     why = "no offer is likely to meet the call's needs; this one misses them least"

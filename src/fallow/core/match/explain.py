@@ -24,8 +24,8 @@ Lift = Callable[[Sequence[Look], int], str]
 
 
 def _credits(micro: float) -> str:
-    """An amount in credits, short but not rounded to nothing."""
-    return f"{micro / MICRO:.6g}"
+    """An amount in credits, rounded up to whole micro-credits."""
+    return f"{math.ceil(micro - 1e-6) / MICRO:.6f}".rstrip("0").rstrip(".")
 
 
 def _least(looks: Sequence[Look], code: int, of: Callable[[Look], np.ndarray[tuple[int], np.dtype[np.float64]]]) -> float:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fallow.core.match.columns import Columns
-from fallow.core.match.predict import SHARE, derive
+from fallow.core.match.predict import DECODE_VAR_MEASURED, PREFILL_VAR_MEASURED, SHARE, derive
 
 RATE = 0.1
 """How far a correction goes towards what was just seen; a surprise beyond SURPRISE goes half of the way."""
@@ -15,13 +15,13 @@ SURPRISE_RATE = 0.5
 VAR_RATE = 0.05
 STEP_MOST = 3.5
 """No single answer says more than a factor of 33."""
-PREFILL_VAR_MEASURED, PREFILL_VAR_GUESSED = 0.0064, 0.25
-DECODE_VAR_MEASURED, DECODE_VAR_GUESSED = 0.04, 0.25
+VAR_GUESSED = 0.25
+"""The relative variance of a speed that nobody measured."""
 VAR_MIN, VAR_MAX = 0.0009, 1.0
 READ_S_MIN = 0.005
 STEPS_MIN = 8
 """Shorter answers say little about the time of a token."""
-FORGET_S = 900.0
+FORGET_S = 3_600.0
 """What was learnt of an offer fades with this time constant."""
 LOG_MIN = 1e-3
 OVERDUE = 3.0
@@ -88,4 +88,6 @@ def forget(c: Columns, *, passed_s: float) -> None:
         fade = math.exp(-passed_s / FORGET_S)
         c.prefill_log[known] *= fade
         c.decode_log[known] *= fade
+        c.prefill_var[known] += (1.0 - fade) * (PREFILL_VAR_MEASURED - c.prefill_var[known])
+        c.decode_var[known] += (1.0 - fade) * (DECODE_VAR_MEASURED - c.decode_var[known])
         derive(c, known)

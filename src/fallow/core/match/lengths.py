@@ -58,7 +58,7 @@ class Lengths:
     def __init__(self) -> None:
         self._seen: OrderedDict[Name, Floats] = OrderedDict()
         self._all: Floats = _BELIEF * (4 * PRIOR_WEIGHT / _BELIEF.sum())
-        self._known: OrderedDict[Name, Length] = OrderedDict()
+        self._known: OrderedDict[tuple[KeyId, str], dict[int | None, Length]] = OrderedDict()
 
     def learn(self, key_id: KeyId, model: str, *, limit: int | None, tokens: int) -> None:
         """An answer of so many tokens came to its end."""
@@ -74,16 +74,18 @@ class Lengths:
                 self._seen.move_to_end(name)
             seen *= _FADE
             seen[_bin(tokens)] += 1
-            self._known.pop(name, None)
+        self._known.pop((key_id, model), None)
 
     def expected(self, key_id: KeyId, model: str, *, limit: int | None) -> Length:
         """What to expect of the next answer. None of it is beyond the limit."""
-        name = (key_id, model, _class(limit))
-        known = self._known.get(name)
-        if known is None:
-            known = self._known[name] = self._believed(name)
+        mine = self._known.get((key_id, model))
+        if mine is None:
+            mine = self._known[key_id, model] = {}
             if len(self._known) > KEYS_MAX:
                 self._known.popitem(last=False)
+        known = mine.get(_class(limit))
+        if known is None:
+            known = mine[_class(limit)] = self._believed((key_id, model, _class(limit)))
         return known if limit is None or known.mean_tokens <= limit else Length(float(limit), known.cumulative)
 
     def _believed(self, name: Name) -> Length:

@@ -1,6 +1,6 @@
 """All that a gateway knows of offers: a shelf for each model, what it learnt of answers, and what its calls are doing."""
 
-from collections import OrderedDict, defaultdict
+from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Mapping
 
 import numpy as np
@@ -20,8 +20,31 @@ from fallow.model.owner import WORKING, State
 from fallow.model.quote import Quote
 from fallow.model.receipt import Usage
 
+KINDS_MAX = 20_000
+"""Kinds of offers that are told apart; an offer of one more isn't taken."""
 FILTERS_MAX = 512
 """Outcomes of the filter that are remembered: most calls of a key have the same."""
+
+
+class Families:
+    """Which models are offered of each family, from what each offer says of itself."""
+
+    def __init__(self) -> None:
+        self._models: defaultdict[str, Counter[str]] = defaultdict(Counter)
+
+    def change(self, old: Offer | None, new: Offer | None) -> None:
+        """An offer takes another's place; None where there is none."""
+        for offer, by in ((new, 1), (old, -1)):
+            if offer is not None and offer.family:
+                models = self._models[offer.family]
+                models[offer.model] += by
+                if not models[offer.model]:
+                    del models[offer.model]
+                if not models:
+                    del self._models[offer.family]
+
+    def models(self, family: str) -> list[str]:
+        return sorted(self._models[family]) if family in self._models else []
 
 
 class Market:
@@ -32,7 +55,7 @@ class Market:
         self.prompts = Prompts()
         self.warmth = Warmth()
         self._shelves: dict[str, Shelf] = {}
-        self._families: defaultdict[str, dict[str, None]] = defaultdict(dict)
+        self._families = Families()
         self._offered: dict[NodeId, dict[str, Offer]] = {}
         self._kinds: dict[Kind, int] = {}
         self.kinds: list[Kind] = []
@@ -47,8 +70,10 @@ class Market:
         """What a node said of one of its offers, the first time and each time after."""
         node_id = card.node_id
         mine = self._offered.setdefault(node_id, {})
-        if mine.get(offer.model) is None and offer.family:
-            self._families[offer.family][offer.model] = None
+        kind = self._kind(kind_of(card, offer))
+        if kind is None:
+            return
+        self._families.change(mine.get(offer.model), offer)
         mine[offer.model] = offer
         shelf = self._shelves.get(offer.model)
         if shelf is None:
@@ -57,7 +82,7 @@ class Market:
         row = Row(
             offer=offer,
             load=load,
-            kind=self._kind(kind_of(card, offer)),
+            kind=kind,
             org=self.org(card.org_id),
             stop=stop,
             is_gpu=card.hardware.kind == "gpu",
@@ -70,13 +95,11 @@ class Market:
         """The node is gone, or has no offers any more but those to keep."""
         mine = self._offered.get(node_id, {})
         for model in [model for model in mine if model not in keep]:
-            offer = mine.pop(model)
+            self._families.change(mine.pop(model), None)
             shelf = self._shelves[model]
             shelf.drop(node_id)
             if not len(shelf) and not shelf.bookings:
                 del self._shelves[model]
-                if offer.family:
-                    self._families[offer.family].pop(model, None)
         if not mine:
             self._offered.pop(node_id, None)
 
@@ -93,18 +116,16 @@ class Market:
         return tuple(sorted(name for name, shelf in self._shelves.items() if len(shelf)))
 
     def shelves(self, model: str) -> list[Shelf]:
-        """The shelf of a model, or those of a family."""
+        """The shelf of a model, or those of a family; what is offered as a model is no family."""
         shelf = self._shelves.get(model)
-        names = self._families.get(model)
-        if names is None:
-            return [shelf] if shelf is not None and len(shelf) else []
-        found = {model: shelf} if shelf is not None else {}
-        found.update({name: self._shelves[name] for name in sorted(names)})
-        return [one for one in found.values() if one is not None and len(one)]
+        if shelf is not None and len(shelf):
+            return [shelf]
+        return [self._shelves[name] for name in self._families.models(model)]
 
-    def _kind(self, kind: Kind) -> int:
+    def _kind(self, kind: Kind) -> int | None:
+        """A kind's number; None if there are too many already."""
         number = self._kinds.get(kind)
-        if number is None:
+        if number is None and len(self.kinds) < KINDS_MAX:
             number = self._kinds[kind] = len(self.kinds)
             self.kinds.append(kind)
         return number

@@ -32,6 +32,9 @@ THEIRS_VAR = 4.0
 WAIT_SD = 0.8
 """Relative error of the time until a slot is free: it depends on how long others' answers become."""
 LEAST_SD_S = 0.02
+PREFILL_VAR_MEASURED, DECODE_VAR_MEASURED = 0.0064, 0.04
+"""Relative variances of what a node's own benchmark says."""
+LEARNT = ("prefill_log", "decode_log", "prefill_var", "decode_var")
 DERIVED = ("held", "rate", "step", "spread", "ahead_s", "queue_rest", "queue_until", "theirs_s", "token_work")
 PHI_CUBE, PHI_LINE = 0.070566, 1.5976
 """The normal distribution's function as a logistic one, off by 2e-4 at most (Bowling et al. 2009)."""
@@ -97,20 +100,21 @@ def derive(c: Columns, at: Any) -> None:
     alone = np.where(writing > 0, shared, prefill)
     c.held[at] = held
     c.rate[at] = np.where(held > 0, shared, prefill)
-    c.step[at] = (1.0 + c.slope[at] * (np.minimum(c.slots[at], held + 1.0) - 1.0)) / decode
+    c.step[at] = (1.0 + c.slope[at] * (np.minimum(c.slots[at], held + 1.0) - 1.0)) / decode * c.writes[at]
     c.spread[at] = np.sqrt(c.decode_var[at])
     c.ahead_s[at] = c.rtt_s[at] + c.load_s[at]
     c.theirs_s[at] = c.others[at] * c.unread_each[at] / shared
     c.queue_rest[at] = np.maximum(0.0, c.unread[at] - c.head[at]) / shared + c.theirs_s[at]
     c.queue_until[at] = np.where(c.reading[at] > 0, c.head_s[at] + c.head[at] / alone + c.queue_rest[at], 0.0)
-    c.token_work[at] = (c.slope[at] + (1.0 - c.slope[at]) / c.slots[at]) / c.decode[at]
+    c.token_work[at] = (c.slope[at] + (1.0 - c.slope[at]) / c.slots[at]) / c.decode[at] * c.writes[at]
 
 
 def as_cards_say(c: Columns) -> Columns:
     """The same offers without what was learnt of them: for the few calls that find out whether a slow node has recovered."""
-    fresh = c._replace(**{name: getattr(c, name).copy() for name in (*DERIVED, "prefill_log", "decode_log")})
-    fresh.prefill_log[:] = 0.0
-    fresh.decode_log[:] = 0.0
+    fresh = c._replace(**{name: getattr(c, name).copy() for name in (*DERIVED, *LEARNT)})
+    fresh.prefill_log[:] = fresh.decode_log[:] = 0.0
+    fresh.prefill_var[:] = np.minimum(fresh.prefill_var, PREFILL_VAR_MEASURED)
+    fresh.decode_var[:] = np.minimum(fresh.decode_var, DECODE_VAR_MEASURED)
     derive(fresh, slice(None))
     return fresh
 
@@ -125,8 +129,3 @@ def chance(t: Times, targets: Targets, length: Length, *, limit: float) -> Float
         in_time: Flags = room >= limit
         chances = chances * np.where(in_time, 1.0, length.below(room))
     return chances
-
-
-def chance_to_end(t: Times, targets: Targets) -> Floats:
-    """The same for what answers at once when its input is read: the first token's time is the end's."""
-    return phi((min(targets.first_s, targets.end_s) - t.first_s) / t.first_sd_s)

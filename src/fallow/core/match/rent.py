@@ -14,7 +14,7 @@ import numpy as np
 from fallow.core.match.columns import Columns, Floats
 from fallow.core.match.predict import LEAST_SD_S, SHARE, phi
 
-USE_MAX = 0.85
+USE_MAX = 0.95
 """The share of a machine's time that can be used; the rest is lost between calls."""
 STEP = 0.01
 """How far a rent moves in one round, as a share of what a second costs."""
@@ -60,8 +60,9 @@ def rents(c: Columns, wanted: Floats, *, calls_per_s: float) -> Floats:
     total = np.where(c.stop != 0, math.inf, cost + late * miss)
     there = max(1, len(wanted))
     rent = c.rent
+    there_at_all = np.isfinite(total).any(1)
     for _ in range(ROUNDS):
         chosen = (total + rent * work).argmin(1)
-        demand = np.bincount(chosen, work[np.arange(there), chosen], len(rent)) * (calls_per_s / there)
+        demand = np.bincount(chosen, work[np.arange(there), chosen] * there_at_all, len(rent)) * (calls_per_s / there)
         rent = np.maximum(0.0, rent + STEP * scale * np.clip(demand / USE_MAX - 1.0, -1.0, MORE_MAX))
     return rent

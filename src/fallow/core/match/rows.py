@@ -14,6 +14,8 @@ from fallow.model.offer import Load, Offer
 ROWS_MIN = 16
 TAIL_MAX = 64
 """Offers that came since the rows were last put in order; all of them are looked at each time."""
+CONTEXT_OF_LISTS = 2.0**40
+"""What embeds or ranks takes lists of texts, each of which must fit: the whole says nothing."""
 GONE_MAX = 16
 GONE = -1
 """The row of an offer that went away."""
@@ -51,7 +53,6 @@ class Rows:
         self.orgs: Counter[int] = Counter()
         self.cheapest_prompt: Floats = np.zeros(0)
         self.quick: Codes = np.zeros(0, np.intp)
-        self.writes = True
         self.expires_s = self.context = math.inf
         """No offer expires sooner, or takes less."""
 
@@ -61,8 +62,7 @@ class Rows:
     def put(self, node_id: NodeId, row: Row, *, now_s: float) -> None:
         """An offer is new, or something about it changed; what was learnt of it stays."""
         old = self.row_of.get(node_id)
-        price = row.offer.price.output_micro_per_munit / 1e6
-        if old is not None and self.columns.output_price[old] == price:
+        if old is not None and self._place(old) == (*_prices(row), row.org):
             self._write(old, row)
             return
         at = len(self.nodes)
@@ -72,40 +72,42 @@ class Rows:
         self.row_of[node_id] = at
         if old is None:
             self._unlearn(at, row.offer, now_s)
-        else:  # another price is another place in the order
+        else:  # another price or owner is another place
             for column in self.columns:
                 column[at] = column[old]
             self._leave_row(old)
         self._write(at, row)
         self.orgs[row.org] += 1
 
+    def _place(self, at: int) -> tuple[float, float, float, int]:
+        c = self.columns
+        return float(c.prompt_price[at]), float(c.cached_price[at]), float(c.output_price[at]), int(c.org[at])
+
     def _write(self, at: int, row: Row) -> None:
         c, offer, speed = self.columns, row.offer, row.offer.speed
-        self.writes = speed.writes
-        c.prompt_price[at] = offer.price.prompt_micro_per_munit / 1e6
-        c.cached_price[at] = min(offer.price.cached_prompt_micro_per_munit, offer.price.prompt_micro_per_munit) / 1e6
-        c.output_price[at] = offer.price.output_micro_per_munit / 1e6
+        c.prompt_price[at], c.cached_price[at], c.output_price[at] = _prices(row)
+        c.writes[at] = speed.writes
         prefill, decode = predict.guess(is_gpu=row.is_gpu)
         c.prefill[at] = max(predict.TOKENS_PER_S_MIN, speed.prefill_tokens_per_s or prefill)
         c.decode[at] = max(predict.TOKENS_PER_S_MIN, speed.decode_tokens_per_s or decode)
         c.slope[at] = slope_of(offer)
         c.slots[at] = max(1, offer.slots)
         c.room[at] = offer.slots + row.load.waiting_max
-        c.context[at] = offer.context_tokens
+        c.context[at] = offer.context_tokens if speed.writes else CONTEXT_OF_LISTS
         c.rtt_s[at] = row.rtt_s
         c.kind[at], c.org[at], c.stop[at] = row.kind, row.org, row.stop
         c.expires_s[at] = row.expires_s
         c.load_s[at] = (row.load.ready_in_ms or 0) / 1000
         self.expires_s = min(self.expires_s, row.expires_s)
-        self.context = min(self.context, float(offer.context_tokens))
+        self.context = min(self.context, float(c.context[at]))
 
     def _unlearn(self, at: int, offer: Offer, now_s: float) -> None:
         c = self.columns
         for column in c:
             column[at] = 0
         measured = offer.speed.prefill_tokens_per_s > 0
-        c.prefill_var[at] = learn.PREFILL_VAR_MEASURED if measured else learn.PREFILL_VAR_GUESSED
-        c.decode_var[at] = learn.DECODE_VAR_MEASURED if measured else learn.DECODE_VAR_GUESSED
+        c.prefill_var[at] = predict.PREFILL_VAR_MEASURED if measured else learn.VAR_GUESSED
+        c.decode_var[at] = predict.DECODE_VAR_MEASURED if measured else learn.VAR_GUESSED
         c.unread_each[at] = UNREAD_EACH_TOKENS
 
     def drop(self, node_id: NodeId) -> None:
@@ -142,6 +144,14 @@ class Rows:
         floors = np.minimum.accumulate(np.minimum(c.prompt_price[:count], c.cached_price[:count])[::-1])[::-1]
         self.cheapest_prompt = floors
         self.quick = np.sort(np.argsort(-c.decode[:count], kind="stable")[:QUICK_ROWS])
+
+
+def _prices(row: Row) -> tuple[float, float, float]:
+    """Micro-credits per token of the prompt, of what is cached of it, and of the output, which only those have that write."""
+    price = row.offer.price
+    cached = min(price.cached_prompt_micro_per_munit, price.prompt_micro_per_munit)
+    output = price.output_micro_per_munit if row.offer.speed.writes else 0
+    return price.prompt_micro_per_munit / 1e6, cached / 1e6, output / 1e6
 
 
 def slope_of(offer: Offer) -> float:

@@ -80,7 +80,7 @@ class Shelf(Rows):
             took = now_s - start - float(c.rtt_s[row]) - float(c.load_s[row])
             self._learn_reading(row, booking.prompt, took, shared=bool(c.streams[row] + c.others[row] > 0))
         booking.first_s = now_s
-        step = (1.0 + c.slope[row] * (min(c.slots[row], len(self.bookings[booking.node_id])) - 1.0)) / c.decode[row]
+        step = (1.0 + c.slope[row] * (min(c.slots[row], len(self.bookings.get(booking.node_id, ()))) - 1.0)) / c.decode[row]
         booking.end_s = now_s + OVERRUN * booking.output * step * math.exp(-c.decode_log[row])
         self._recount(booking.node_id, now_s=now_s)
 

@@ -28,8 +28,8 @@ FLEX_QUEUE_S = 2.0
 """A call that can wait doesn't stand in the way of others: it goes where little is queued."""
 
 
-NOTHING = Length(0.0, np.ones(1))
-"""The answer of what embeds or ranks: it is there as soon as the prompt is read."""
+PASSING = (0, CODE["owner_is_back"], CODE["engine_failed"], CODE["busy"], CODE["too_slow"])
+"""What stops an offer only for a while."""
 
 
 class Moment(NamedTuple):
@@ -87,12 +87,12 @@ class Look(NamedTuple):
         return self.question.shelf.nodes[int(self.rows[at])]
 
 
-def targets_of(call: Call, now: Moment, *, writes: bool) -> Targets:
+def targets_of(call: Call, now: Moment) -> Targets:
     """The targets in seconds from now."""
     needs, waited_s = call.needs, (now.wall_ms - call.arrived_at_ms) / 1000
     return Targets(
         math.inf if needs.first_token_within_ms is None else needs.first_token_within_ms / 1000 - waited_s,
-        math.inf if needs.per_token_within_ms is None or not writes else needs.per_token_within_ms / 1000,
+        math.inf if needs.per_token_within_ms is None else needs.per_token_within_ms / 1000,
         math.inf if needs.deadline_at_ms is None else (needs.deadline_at_ms - now.wall_ms) / 1000,
     )
 
@@ -101,7 +101,7 @@ def question(call: Call, market: Market, shelf: Shelf, *, tried: Collection[Node
     """The call put as a question to the offers of a shelf."""
     needs = call.needs
     prompt = market.prompts.tokens(call)
-    length = market.lengths.expected(call.key_id, shelf.model, limit=needs.output_tokens_max) if shelf.writes else NOTHING
+    length = market.lengths.expected(call.key_id, shelf.model, limit=needs.output_tokens_max)
     limit = math.inf if needs.output_tokens_max is None else float(needs.output_tokens_max)
     return Question(
         call=call,
@@ -112,8 +112,8 @@ def question(call: Call, market: Market, shelf: Shelf, *, tried: Collection[Node
         partners=frozenset(market.org(org) for org in needs.partners),
         prompt=prompt,
         length=length,
-        limit=limit if shelf.writes else 0.0,
-        targets=targets_of(call, now, writes=shelf.writes),
+        limit=limit,
+        targets=targets_of(call, now),
         warm=market.warmth.of(call, shelf, prompt),
         tried=frozenset(row for node_id in tried if (row := shelf.row_of.get(node_id)) is not None),
         miss=MISS_FACTOR * (shelf.dear_prompt * prompt + shelf.dear_output * length.mean_tokens),
@@ -149,7 +149,7 @@ def look(q: Question, f: Facts, rows: Codes, warm: Floats | float) -> Look:
         outcomes = q.outcomes[MARKET][f.kind]
     tokens = PROMPT_SURE * q.prompt
     ask = Ask(
-        tokens=tokens if shelf.writes and tokens > shelf.context else None,
+        tokens=tokens if tokens > shelf.context else None,
         output_price_max=None if needs.price_max_micro_per_munit is None else needs.price_max_micro_per_munit / MUNIT,
         cost_max=None if needs.cost_max_micro is None else float(needs.cost_max_micro),
         tried=[int(at) for row in q.tried for at in np.flatnonzero(rows == row)] if q.tried else (),
@@ -226,14 +226,15 @@ def floor(look: Look) -> float:
     return float(shelf.cheapest_prompt[end] * q.prompt + shelf.columns.output_price[end] * q.length.mean_tokens)
 
 
-def least_when_quiet(look: Look) -> float:
-    """The least that an offer would cost if it had nothing else to do; infinite if none is possible."""
-    q = look.question
-    possible = (look.codes == 0) | (look.codes == CODE["busy"]) | (look.codes == CODE["too_slow"])
-    if not possible.any():
-        return math.inf
-    work = price.work_s(look.facts, look.times, output=q.length.mean_tokens)
-    return float((look.cost + look.facts.rent * work)[possible].min())
+def when_quiet(look: Look) -> Floats:
+    """What each offer would cost if it had nothing else to do; infinite for those that could not take the call then either."""
+    work = price.work_s(look.facts, look.times, output=look.question.length.mean_tokens)
+    return np.where(may_come(look), look.cost + look.facts.rent * work, math.inf)
+
+
+def may_come(look: Look) -> Flags:
+    """Which offers can take the call, now or when something has passed by itself."""
+    return np.isin(look.codes, PASSING)
 
 
 def lateness(look: Look) -> Floats:
