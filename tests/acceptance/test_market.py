@@ -50,7 +50,7 @@ def test_each_call_goes_where_it_is_cheapest_among_what_meets_its_needs(apart: A
     regions = {node["node_id"]: node["region"] for node in service.nodes()}
 
     def region(headers: dict[str, str]) -> str:
-        return regions[headers["fallow-node"]]
+        return str(regions[headers["fallow-node"]])
 
     with service.client() as client:
         tight = {"fallow": {"first_token_ms": 60_000, "per_token_ms": 50}}

@@ -2,9 +2,9 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING
 
 import pytest
-from one_loop import FakeClock, turns
 
 from fallow.adapters.memory_bus import MemoryBroker, MemoryBus
 from fallow.apps.node.holding import HOLD_LIFE_MS, Holding
@@ -13,6 +13,11 @@ from fallow.core.residency import FRESH_MS, IDLE_LEAVES_MS, Resident
 from fallow.model import messages as m
 from fallow.model.ids import NodeId
 from fallow.wire import codec
+
+if TYPE_CHECKING:
+    from tests.apps.one_loop import FakeClock, turns
+else:
+    from one_loop import FakeClock, turns
 
 NODE = NodeId("n1")
 pytestmark = pytest.mark.anyio

@@ -1,10 +1,10 @@
 """Demand travels from gateways to the hub, and the hub's plan to the nodes."""
 
 import asyncio
+from typing import TYPE_CHECKING
 
 import msgspec
 import pytest
-from one_loop import MODEL, FakeClock, FakeServed, Network, Overheard, beat_of, card_of, offer_of, turns
 
 from fallow.adapters.memory_bus import MemoryBus
 from fallow.apps.gateway.calls import Outcome
@@ -21,6 +21,11 @@ from fallow.model.needs import Needs
 from fallow.model.owner import State
 from fallow.model.receipt import Usage
 from fallow.wire import codec, subjects
+
+if TYPE_CHECKING:
+    from tests.apps.one_loop import MODEL, FakeClock, FakeServed, Network, Overheard, beat_of, card_of, offer_of, turns
+else:
+    from one_loop import MODEL, FakeClock, FakeServed, Network, Overheard, beat_of, card_of, offer_of, turns
 
 pytestmark = pytest.mark.anyio
 GATEWAY = GatewayId("gw-1")

@@ -170,8 +170,8 @@ BUSY = replace(CHEAP, others=2)
 @pytest.mark.parametrize(
     ("lents", "waits_for"),
     [
-        pytest.param([BUSY], "everything that could take the call is busy now", id="all are busy"),
-        pytest.param([replace(BUSY, others=4)], "everything that could take the call is busy now", id="all are full"),
+        pytest.param([BUSY], "all that could take the call is busy now, and there is time", id="all are busy"),
+        pytest.param([replace(BUSY, others=4)], "all that could take the call is busy now, and there is time", id="all are full"),
         pytest.param([BUSY, DEAR], "a cheaper offer is busy now, and there is time", id="the cheap one is busy"),
         pytest.param([CHEAP, DEAR], None, id="the cheap one is idle"),
         pytest.param([CHEAP, replace(DEAR, others=2)], None, id="only the dear one is busy"),
@@ -211,7 +211,7 @@ def test_flex_does_not_wait_for_what_can_never_take_it(changes: dict[str, Any]) 
 def test_flex_takes_an_idle_offer_whose_chance_will_do() -> None:
     """There is nothing to wait for."""
     needs = replace(FLEX, first_token_within_ms=300)
-    market = market_of([replace(CHEAP, prefill=400.0 / 1.02)], refreshed=True)
+    market = market_of([replace(CHEAP, prefill=400.0 / 1.0)], refreshed=True)
     assert pick.CHANCE_MIN <= quote_at(market, call_of(needs), "cheap").chance < 0.99
     assert node_of(match(call_of(needs), market, now=NOW)) == "cheap"
 

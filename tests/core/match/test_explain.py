@@ -55,13 +55,13 @@ MIXED = [replace(lent, region=f"r{at}-fr", isolation="landlock", quantisation=f"
 FIGURES: list[tuple[Call, list[Lent], str, int, str]] = [
     (call_of(replace(PLAIN, price_max_micro_per_munit=200_000)), dozen(), "over_price", 12, r"raise max_price: the cheapest is 0\.21"),
     (call_of(replace(PLAIN, price_max_micro_per_munit=215_000)), dozen()[1:], "over_price", 11, r"raise max_price: the cheapest is 0\.22"),
-    (call_of(replace(PLAIN, price_max_micro_per_munit=1)), dozen(output_price=2), "over_price", 12, r".*: the cheapest is 2e-06"),
+    (call_of(replace(PLAIN, price_max_micro_per_munit=1)), dozen(output_price=2), "over_price", 12, r".*: the cheapest is 0\.000002"),
     (
         call_of(replace(PLAIN, cost_max_micro=1)),
         dozen(),
         "over_cost",
         12,
-        r"raise max_cost, or lower the limit of the answer's tokens: the cheapest is 1\.05e-05",
+        r"raise max_cost, or lower the limit of the answer's tokens: the cheapest is 0\.000011",
     ),
     (call_of(replace(PLAIN, prompt_tokens=10_000)), dozen(), "over_context", 12, r"shorten the prompt: the longest context is 1035 tokens"),
     (

@@ -177,7 +177,7 @@ def test_an_honest_slow_node_keeps_its_prediction_and_the_work_that_it_can_do() 
     assert after.per_token_ms == pytest.approx(before.per_token_ms, rel=0.05)
     at = later(passed_s)
     hour = replace(PLAIN, service_tier="flex", deadline_at_ms=at.wall_ms + 3_600_000)
-    relaxed = replace(PLAIN, prompt_tokens=100, first_token_within_ms=10_000, per_token_within_ms=900)
+    relaxed = replace(PLAIN, prompt_tokens=100, first_token_within_ms=15_000, per_token_within_ms=2_000)
     assert place(market, call_of(hour), passed_s) == "lame"
     assert place(market, call_of(relaxed), passed_s) == "lame"
     assert place(market, call_of(IN_TIME), passed_s) == "honest"
@@ -210,6 +210,6 @@ def test_what_was_learnt_moves_with_its_row() -> None:
     before = quote(market, "liar", passed_s)
     for number in range(100):
         put(market, replace(HONEST, node=f"node-{number}", output_price=number))
-    market.refresh(now_s=AT_S + passed_s)
+    market.shelves("tiny")[0].order()
     assert market.shelves("tiny")[0].ordered == 101
     assert quote(market, "liar", passed_s) == before

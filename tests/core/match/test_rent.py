@@ -88,7 +88,7 @@ def test_who_can_go_elsewhere_leaves_a_scarce_machine() -> None:
     assert node_of(relaxed).startswith("cpu")
     assert node_of(tight) == "gpu"
     fresh = match(call_of(TIGHT), market_of([GPU, *MANY_CPUS]), now=later(0.0))
-    assert getattr(tight, "quote", None) == getattr(fresh, "quote", ())
+    assert getattr(tight, "node_id", None) == getattr(fresh, "node_id", ())
 
 
 def test_a_machine_that_is_not_there_has_no_rent() -> None:

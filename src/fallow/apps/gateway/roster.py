@@ -16,8 +16,6 @@ from fallow.ports import Bus, Clock, Delivery
 from fallow.wire import codec, subjects
 
 NODES_MAX = 10_000
-MARKET_MS = 1_000
-"""How often the market looks at what is overdue and what is scarce."""
 
 log = logging.getLogger("fallow.gateway")
 
@@ -43,7 +41,6 @@ class Roster:
         self._members: dict[NodeId, core.Member] = {}
         self.market = Market()
         self._told: dict[NodeId, dict[str, Told]] = {}
-        self._looked_at_ms = 0
         self._strangers: set[NodeId] = set()
 
     async def start(self) -> None:
@@ -93,9 +90,7 @@ class Roster:
     async def refresh(self) -> None:
         """Drop who is gone, look after the market, and ask strangers for their cards."""
         now = self._clock.now_ms()
-        if now - self._looked_at_ms >= MARKET_MS:
-            self._looked_at_ms = now
-            self.market.refresh(now_s=now / 1000)
+        self.market.refresh(now_s=now / 1000)
         for node_id in [n for n, member in self._members.items() if core.is_gone(member, now_ms=now)]:
             self.forget(node_id)
         while self._strangers:

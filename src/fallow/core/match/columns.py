@@ -103,6 +103,10 @@ class Columns(NamedTuple):
         """Rows from `begin` up to `end`, as views."""
         return Columns._make([column[begin:end] for column in self])
 
+    def rows(self, rows: Codes) -> "Columns":
+        """These rows, copied."""
+        return Columns._make([column[rows] for column in self])
+
     def facts(self, begin: int, end: int) -> Facts:
         """The facts of rows from `begin` up to `end`, as views."""
         return Facts._make([column[begin:end] for column in self[:FACTS]])

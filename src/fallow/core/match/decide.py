@@ -16,7 +16,8 @@ from fallow.model.call import Call
 from fallow.model.ids import NodeId
 from fallow.model.quote import Place, Quote, Refuse, Wait
 
-FLEX_RETRY_MS = 1_000
+FLEX_RETRY_MS, FLEX_RETRY_MS_MAX, FLEX_RETRY_GROWTH = 1_000, 4_000, 0.1
+"""A call that waits is asked again after a tenth of the time that it waited, within these bounds."""
 FLEX_PATIENCE_S = 180.0
 FLEX_LEFT = 0.4
 """A call that can wait does so for what it would choose if nothing was busy, so long and while so much of its time is left."""
@@ -37,7 +38,7 @@ def match(call: Call, market: Market, *, tried: Collection[NodeId] = (), now: Mo
         if best is not None:
             return _patience(call, looks, best, now) or _place(best, luck, looks)
         if call.needs.service_tier == "flex" and _has_time(call, now) and any(survey.may_come(look).any() for look in looks):
-            return Wait(for_ms=FLEX_RETRY_MS, why="all that could take the call is busy now, and there is time")
+            return Wait(for_ms=_retry_ms(call, now), why="all that could take the call is busy now, and there is time")
     return _second_best(call, market, questions, looks)
 
 
@@ -114,7 +115,11 @@ def _patience(call: Call, looks: Sequence[Look], best: Best, now: Moment) -> Wai
     quiet = min(float(survey.when_quiet(look).min(initial=math.inf)) for look in looks)
     if survey.when_quiet(best.look)[best.at] <= quiet * (1.0 + pick.NEAR):
         return None
-    return Wait(for_ms=FLEX_RETRY_MS, why="a cheaper offer is busy now, and there is time")
+    return Wait(for_ms=_retry_ms(call, now), why="a cheaper offer is busy now, and there is time")
+
+
+def _retry_ms(call: Call, now: Moment) -> int:
+    return round(min(FLEX_RETRY_MS_MAX, max(FLEX_RETRY_MS, FLEX_RETRY_GROWTH * (now.wall_ms - call.arrived_at_ms))))
 
 
 def _has_time(call: Call, now: Moment) -> bool:

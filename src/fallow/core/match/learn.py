@@ -8,7 +8,7 @@ import numpy as np
 from fallow.core.match.columns import Columns
 from fallow.core.match.predict import DECODE_VAR_MEASURED, PREFILL_VAR_MEASURED, SHARE, derive
 
-RATE = 0.1
+RATE = 0.12
 """How far a correction goes towards what was just seen; a surprise beyond SURPRISE goes half of the way."""
 SURPRISE = 1.2
 SURPRISE_RATE = 0.5
@@ -21,7 +21,7 @@ VAR_MIN, VAR_MAX = 0.0009, 1.0
 READ_S_MIN = 0.005
 STEPS_MIN = 8
 """Shorter answers say little about the time of a token."""
-FORGET_S = 3_600.0
+FORGET_S = 7_200.0
 """What was learnt of an offer fades with this time constant."""
 LOG_MIN = 1e-3
 OVERDUE = 3.0

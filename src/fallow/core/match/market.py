@@ -22,6 +22,9 @@ from fallow.model.receipt import Usage
 
 KINDS_MAX = 20_000
 """Kinds of offers that are told apart; an offer of one more isn't taken."""
+REFRESH_S = 0.95
+REFRESH_PARTS = 5
+"""No more than this part of the shelves is looked at in one go, so that no call waits long for it."""
 FILTERS_MAX = 512
 """Outcomes of the filter that are remembered: most calls of a key have the same."""
 
@@ -204,8 +207,10 @@ class Market:
             self.lengths.learn(call.key_id, booking.model, limit=call.needs.output_tokens_max, tokens=usage.output_tokens)
 
     def refresh(self, *, now_s: float) -> None:
-        """Once a second or so: keep the shelves in order, and see what is overdue and what is scarce."""
-        for shelf in self._shelves.values():
+        """Several times a second: keep the shelves in order, see what is overdue and what is scarce, each shelf about once a second."""
+        due = [shelf for shelf in self._shelves.values() if now_s - shelf.refreshed_s >= REFRESH_S]
+        due.sort(key=lambda shelf: shelf.refreshed_s)
+        for shelf in due[: max(1, len(self._shelves) // REFRESH_PARTS)]:
             shelf.refresh(now_s=now_s)
 
 

@@ -29,8 +29,9 @@ QUEUE_VAR = 0.04
 """Relative variance of the prompts that are to be read before, beyond that of the machine's speed."""
 THEIRS_VAR = 4.0
 """Relative variance of what other gateways' calls have unread: all that is known of them is their number."""
-WAIT_SD = 0.8
-"""Relative error of the time until a slot is free: it depends on how long others' answers become."""
+SPREAD_MAX = 2.0
+STALL = 0.25
+"""How much of the time in which one more prompt is read beside an answer its tokens are late."""
 LEAST_SD_S = 0.02
 PREFILL_VAR_MEASURED, DECODE_VAR_MEASURED = 0.0064, 0.04
 """Relative variances of what a node's own benchmark says."""
@@ -43,7 +44,8 @@ SURE_Z = 8.0
 
 class Times(NamedTuple):
     """Per offer, in seconds: to the first token, with its standard deviation, of that for reading this prompt and those before;
-    of one token; `spread` is the standard deviation of the logarithm of that."""
+    of one token; `spread` is the standard deviation of the logarithm of that. `wait_s` is the part of `first_s` that is spent
+    until a slot is free, None if all have one."""
 
     first_s: Floats
     first_sd_s: Floats
@@ -51,6 +53,7 @@ class Times(NamedTuple):
     queue_s: Floats
     step_s: Floats
     spread: Floats
+    wait_s: Floats | None
 
 
 class Targets(NamedTuple):
@@ -75,19 +78,31 @@ def guess(*, is_gpu: bool) -> tuple[float, float]:
     return PREFILL_TOKENS_PER_S_GUESS, DECODE_TOKENS_PER_S_GUESS
 
 
-def times(f: Facts, *, prompt: float, warm: Floats | float, output_mean: float, now_s: float) -> Times:
-    """What to expect of each offer if a prompt of so many tokens, `warm` of them known there, were sent now."""
+def times(f: Facts, *, prompt: float, warm: Floats | float, output_mean: float, prompt_mean: float, now_s: float) -> Times:
+    """What to expect of each offer if a prompt of so many tokens, `warm` of them known there, were sent now.
+
+    `prompt_mean` tokens have the prompts that come meanwhile: one that is read beside a short answer makes much of a difference.
+    """
     queue = np.maximum(f.queue_until - now_s, f.queue_rest)
     read = (prompt - warm) / f.rate
     first = f.ahead_s + queue + read
     variance = read * read * f.prefill_var + queue * queue * (f.prefill_var + QUEUE_VAR) + THEIRS_VAR * f.theirs_s * f.theirs_s
+    stall = (STALL * prompt_mean) / (f.rate * (output_mean * f.step + LEAST_SD_S))
+    wait = None
     is_full = f.held >= f.slots
     if is_full.any():
         life = output_mean * f.step / f.slots
         wait = np.where(is_full, np.maximum(f.slot_s - now_s, life * (f.held - f.slots + 1.0)), 0.0)
         first += wait
-        variance += (WAIT_SD * wait) ** 2
-    return Times(first, np.sqrt(variance + LEAST_SD_S**2), read, queue, f.step, f.spread)
+    return Times(
+        first,
+        np.sqrt(variance + LEAST_SD_S**2),
+        read,
+        queue,
+        f.step,
+        np.minimum(SPREAD_MAX, np.sqrt(f.spread * f.spread + stall * stall)),
+        wait,
+    )
 
 
 def derive(c: Columns, at: Any) -> None:
@@ -122,6 +137,10 @@ def as_cards_say(c: Columns) -> Columns:
 def chance(t: Times, targets: Targets, length: Length, *, limit: float) -> Floats:
     """The chance of each offer to meet the targets, from 0 to 1. `limit` is the most tokens that the answer can have."""
     chances = phi((targets.first_s - t.first_s) / t.first_sd_s) if targets.first_s < math.inf else np.ones(len(t.first_s))
+    if t.wait_s is not None and targets.first_s < math.inf:
+        # How long others' answers become is as good as exponential: few waits are much longer than expected, but those are.
+        spare = np.maximum(0.0, targets.first_s - (t.first_s - t.wait_s) - t.first_sd_s)
+        chances = np.where(t.wait_s > 0, 1.0 - np.exp(-spare / np.maximum(t.wait_s, 1e-9)), chances)
     if targets.per_token_s < math.inf:
         chances = chances * phi(np.log(targets.per_token_s / np.maximum(t.step_s, 1e-9)) / t.spread)
     if targets.end_s < math.inf:

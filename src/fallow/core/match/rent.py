@@ -26,7 +26,7 @@ CALLS_MAX = 256
 CALLS_MIN = 16
 ROWS_MAX = 512
 """Only the cheapest offers have rents: where there are more, there is no lack."""
-CELLS_MAX = 16_384
+CELLS_MAX = 8_192
 """Calls times offers in one round: some milliseconds."""
 CROWDED_LOG = 0.7
 """Prompts that are read beside make steps longer; only beyond a factor of two does that count as slowness."""

@@ -14,6 +14,10 @@ from fallow.model.ids import NodeId
 OVERRUN = 1.1
 OVERDUE_S = 0.5
 PROMPT_MEAN_TOKENS = 500.0
+MISS_FACTOR = 2.0
+"""A call that misses its needs is worth nothing and is bought again, at worst at so many times the dearest offer's price."""
+IDLE_S = 10.0
+"""How often rents are looked at for a model that nobody asks for."""
 MEAN_RATE = 0.02
 SHARE_RATE = 0.005
 SHARE_MIN = 0.02
@@ -49,7 +53,7 @@ class Shelf(Rows):
         self.dear_prompt = self.dear_output = 0.0
         self.prompt_mean, self.output_mean = PROMPT_MEAN_TOKENS, predict.OUTPUT_TOKENS_GUESS
         self._ours = self._running = 0.01
-        self._refreshed_s = 0.0
+        self.refreshed_s = self._drawn_s = 0.0
 
     def put(self, node_id: NodeId, row: Row, *, now_s: float) -> None:
         super().put(node_id, row, now_s=now_s)
@@ -124,11 +128,13 @@ class Shelf(Rows):
         if row is None:
             return
         c = self.columns
-        others = max(0, running - ours)
-        c.others[row] = others
-        predict.derive(c, row)
         self._ours += SHARE_RATE * (ours - self._ours)
         self._running += SHARE_RATE * (running - self._running)
+        others = max(0, running - ours)
+        if others == c.others[row]:
+            return
+        c.others[row] = others
+        predict.derive(c, row)
 
     def _recount(self, node_id: NodeId, now_s: float | None = None) -> None:
         """Write what this gateway has on a node into its columns."""
@@ -173,13 +179,15 @@ class Shelf(Rows):
                 others = float(c.others[row]) * EACH_MOST * self.prompt_mean
                 learn.learn_overdue(c, row, tokens=reading[0].prompt + others, waited_s=now_s - began)
                 predict.derive(c, row)
-        learn.forget(self.columns.part(0, count), passed_s=max(0.0, now_s - self._refreshed_s))
-        self._refreshed_s = now_s
+        learn.forget(self.columns.part(0, count), passed_s=max(0.0, now_s - self.refreshed_s))
+        self.refreshed_s = now_s
         self._draw_rents(now_s)
 
     def _draw_rents(self, now_s: float) -> None:
-        if len(self.wanted) < rent.CALLS_MIN:
+        is_asked = bool(self.asked_s) and self.asked_s[-1] >= self._drawn_s
+        if len(self.wanted) < rent.CALLS_MIN or (not is_asked and now_s - self._drawn_s < IDLE_S):
             return
+        self._drawn_s = now_s
         rows = min(len(self.nodes), rent.ROWS_MAX)
         calls = max(rent.CALLS_MIN, min(len(self.wanted), rent.CELLS_MAX // rows))
         wanted: Floats = np.array(list(self.wanted)[-calls:])
@@ -191,6 +199,10 @@ class Shelf(Rows):
     def share(self) -> float:
         """The part of what the offers run that is this gateway's."""
         return min(1.0, max(SHARE_MIN, self._ours / self._running))
+
+    def miss(self, prompt: float, output: float) -> float:
+        """What missing a call's needs costs, in micro-credits."""
+        return MISS_FACTOR * (self.dear_prompt * prompt + self.dear_output * output)
 
     def wants(self, wanted: rent.Wanted, *, now_s: float) -> None:
         """A call that this model is asked for."""

@@ -20,8 +20,6 @@ from fallow.model.call import Call
 from fallow.model.ids import NodeId
 from fallow.model.needs import Ring
 
-MISS_FACTOR = 4.0
-"""A call that misses its needs is worth nothing and is bought again, at worst at so many times the dearest offer's price."""
 PROMPT_SURE = 0.3
 """The part of an estimated prompt that it has at least: a call isn't refused for a guess. What embeds takes many short texts."""
 FLEX_QUEUE_S = 2.0
@@ -116,7 +114,7 @@ def question(call: Call, market: Market, shelf: Shelf, *, tried: Collection[Node
         targets=targets_of(call, now),
         warm=market.warmth.of(call, shelf, prompt),
         tried=frozenset(row for node_id in tried if (row := shelf.row_of.get(node_id)) is not None),
-        miss=MISS_FACTOR * (shelf.dear_prompt * prompt + shelf.dear_output * length.mean_tokens),
+        miss=shelf.miss(prompt, length.mean_tokens),
         now_s=now.at_s,
         trusts_cards=trusts_cards,
     )
@@ -125,10 +123,12 @@ def question(call: Call, market: Market, shelf: Shelf, *, tried: Collection[Node
 def wanted(call: Call, market: Market, now: Moment) -> Wanted | None:
     """The call as demand; None if nobody offers the model."""
     for shelf in market.shelves(call.needs.model):
-        q = question(call, market, shelf, tried=(), now=now)
-        patient = call.needs.service_tier == "flex"
-        first_s, per_token_s = (math.inf, math.inf) if patient else (q.targets.first_s, q.targets.per_token_s)
-        return Wanted(q.prompt, q.length.mean_tokens, first_s, per_token_s, q.miss)
+        prompt = market.prompts.tokens(call)
+        output = market.lengths.expected(call.key_id, shelf.model, limit=call.needs.output_tokens_max).mean_tokens
+        targets = targets_of(call, now)
+        is_patient = call.needs.service_tier == "flex"
+        first_s, per_token_s = (math.inf, math.inf) if is_patient else (targets.first_s, targets.per_token_s)
+        return Wanted(prompt, output, first_s, per_token_s, shelf.miss(prompt, output))
     return None
 
 
@@ -136,7 +136,7 @@ def look(q: Question, f: Facts, rows: Codes, warm: Floats | float) -> Look:
     """Ask the question of these rows."""
     needs, shelf = q.call.needs, q.shelf
     output = q.length.mean_tokens
-    t = predict.times(f, prompt=q.prompt, warm=warm, output_mean=output, now_s=q.now_s)
+    t = predict.times(f, prompt=q.prompt, warm=warm, output_mean=output, prompt_mean=shelf.prompt_mean, now_s=q.now_s)
     chances = predict.chance(t, q.targets, q.length, limit=q.limit)
     cost = price.expected(f, prompt=q.prompt, warm=warm, output=output)
     limit = np.maximum(0.0, f.context - q.prompt) if q.limit == math.inf else q.limit
@@ -186,8 +186,9 @@ def pool(q: Question, ring: Ring) -> Iterator[Look]:
 
 def _picked(q: Question, rows: Codes) -> Look:
     warm: Floats | float = np.array([q.warm.get(int(row), 0.0) for row in rows]) if q.warm else 0.0
-    columns = q.shelf.columns.part(0, len(q.shelf.nodes))
-    return look(q, (predict.as_cards_say(columns) if q.trusts_cards else columns).facts_of(rows), rows, warm)
+    columns = q.shelf.columns
+    facts = predict.as_cards_say(columns.rows(rows)).facts(0, len(rows)) if q.trusts_cards else columns.facts_of(rows)
+    return look(q, facts, rows, warm)
 
 
 def _parts(q: Question) -> Iterator[Look]:
