@@ -16,6 +16,8 @@ TAIL_MAX = 64
 """Offers that came since the rows were last put in order; all of them are looked at each time."""
 CONTEXT_OF_LISTS = 2.0**40
 """What embeds or ranks takes lists of texts, each of which must fit: the whole says nothing."""
+NEWCOMERS_MAX = 512
+"""Where more come at once, as when a gateway starts, they are put in order at once."""
 GONE_MAX = 16
 GONE = -1
 """The row of an offer that went away."""
@@ -78,6 +80,8 @@ class Rows:
             self._leave_row(old)
         self._write(at, row)
         self.orgs[row.org] += 1
+        if len(self.nodes) - self.ordered > max(NEWCOMERS_MAX, self.ordered):
+            self.order()
 
     def _place(self, at: int) -> tuple[float, float, float, int]:
         c = self.columns

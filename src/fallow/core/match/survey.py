@@ -8,7 +8,7 @@ import numpy as np
 
 from fallow.core.match import pick, predict, price
 from fallow.core.match.columns import Codes, Facts, Flags, Floats
-from fallow.core.match.filter import CODE, MARKET, RINGS, Ask, Kind, codes, rings_of, sought_by
+from fallow.core.match.filter import CODE, LIMITS, MARKET, RINGS, Ask, Kind, codes, rings_of, sought_by
 from fallow.core.match.lengths import Length
 from fallow.core.match.market import Market, warm_column
 from fallow.core.match.predict import Targets, Times
@@ -26,8 +26,8 @@ FLEX_QUEUE_S = 2.0
 """A call that can wait doesn't stand in the way of others: it goes where little is queued."""
 
 
-PASSING = (0, CODE["owner_is_back"], CODE["engine_failed"], CODE["busy"], CODE["too_slow"])
-"""What stops an offer only for a while."""
+PASSING: Flags = np.isin(np.arange(len(LIMITS) + 2), [0, *(CODE[name] for name in ("owner_is_back", "engine_failed", "busy", "too_slow"))])
+"""By code, what stops an offer only for a while; the last is for the rows of offers that are gone."""
 
 
 class Moment(NamedTuple):
@@ -235,7 +235,7 @@ def when_quiet(look: Look) -> Floats:
 
 def may_come(look: Look) -> Flags:
     """Which offers can take the call, now or when something has passed by itself."""
-    return np.isin(look.codes, PASSING)
+    return PASSING[look.codes]
 
 
 def lateness(look: Look) -> Floats:
