@@ -133,7 +133,8 @@ def _second_best(call: Call, market: Market, questions: Sequence[Question], look
     """Nothing is likely to meet the needs: a strict call is refused, any other goes where it is least late."""
     possible = [look for look in looks if (look.codes == 0).any()]
     if not possible:
-        return explain.refuse(call, market, [survey.everything(q) for q in questions])
+        seen = [look for look in looks if look.is_part]  # the market's parts are all there is
+        return explain.refuse(call, market, seen if "market" in call.needs.rings else [survey.everything(q) for q in questions])
     hope = max(float(look.chances[look.codes == 0].max()) for look in possible)
     found: list[tuple[float, NodeId, Look, int]] = []
     for look in possible:

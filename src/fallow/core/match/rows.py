@@ -114,6 +114,11 @@ class Rows:
         c.decode_var[at] = predict.DECODE_VAR_MEASURED if measured else learn.VAR_GUESSED
         c.unread_each[at] = UNREAD_EACH_TOKENS
 
+    def held(self, row: int) -> float:
+        """Calls that the offer runs or keeps waiting, as far as is known."""
+        c = self.columns
+        return float(c.streams[row] + c.reading[row] + c.others[row])
+
     def drop(self, node_id: NodeId) -> None:
         """The node doesn't offer the model any more."""
         at = self.row_of.pop(node_id, None)

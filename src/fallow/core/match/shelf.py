@@ -67,11 +67,6 @@ class Shelf(Rows):
         self.bookings.setdefault(booking.node_id, {})[booking_id] = booking
         self._recount(booking.node_id, now_s=booking.began_s)
 
-    def held(self, row: int) -> float:
-        """Calls that the offer runs or keeps waiting, as far as is known."""
-        c = self.columns
-        return float(c.streams[row] + c.reading[row] + c.others[row])
-
     def first(self, booking: Booking, *, now_s: float) -> None:
         """The first token came."""
         row = self.row_of.get(booking.node_id)

@@ -74,6 +74,8 @@ class Look(NamedTuple):
     cost_max: Floats
     score: Floats
     able: Flags
+    is_part: bool
+    """Whether it is a part of the whole shelf, rather than some rows of it."""
 
     def ring(self, at: int) -> Ring:
         return RINGS[MARKET if self.rings is None else int(self.rings[at])]
@@ -132,7 +134,7 @@ def wanted(call: Call, market: Market, now: Moment) -> Wanted | None:
     return None
 
 
-def look(q: Question, f: Facts, rows: Codes, warm: Floats | float) -> Look:
+def look(q: Question, f: Facts, rows: Codes, warm: Floats | float, *, is_part: bool) -> Look:
     """Ask the question of these rows."""
     needs, shelf = q.call.needs, q.shelf
     output = q.length.mean_tokens
@@ -166,7 +168,7 @@ def look(q: Question, f: Facts, rows: Codes, warm: Floats | float) -> Look:
         score = t.first_s + output * t.step_s
     else:
         score = cost + (1.0 - chances) * q.miss + f.rent * price.work_s(f, t, output=output)
-    return Look(q, f, rows, rings, found, t, chances, cost, cost_max, score, able)
+    return Look(q, f, rows, rings, found, t, chances, cost, cost_max, score, able, is_part)
 
 
 def pool(q: Question, ring: Ring) -> Iterator[Look]:
@@ -188,7 +190,7 @@ def _picked(q: Question, rows: Codes) -> Look:
     warm: Floats | float = np.array([q.warm.get(int(row), 0.0) for row in rows]) if q.warm else 0.0
     columns = q.shelf.columns
     facts = predict.as_cards_say(columns.rows(rows)).facts(0, len(rows)) if q.trusts_cards else columns.facts_of(rows)
-    return look(q, facts, rows, warm)
+    return look(q, facts, rows, warm, is_part=False)
 
 
 def _parts(q: Question) -> Iterator[Look]:
@@ -211,7 +213,7 @@ def _parts(q: Question) -> Iterator[Look]:
 def _part(q: Question, begin: int, end: int) -> Look:
     columns = q.shelf.columns
     facts = predict.as_cards_say(columns.part(begin, end)).facts(0, end - begin) if q.trusts_cards else columns.facts(begin, end)
-    return look(q, facts, np.arange(begin, end), warm_column(q.warm, begin, end))
+    return look(q, facts, np.arange(begin, end), warm_column(q.warm, begin, end), is_part=True)
 
 
 def floor(look: Look) -> float:
