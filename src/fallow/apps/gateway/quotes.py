@@ -38,7 +38,7 @@ class Quotes:
             model=call.needs.model,
             path=call.path,
             prompt_tokens=round(questions[0].prompt),
-            output_tokens=round(questions[0].length.mean_tokens),
+            output_tokens=round(questions[0].length.mean_tokens) if any(quote.per_token_ms for quote in quotes) else 0,
             quotes=[self._view(quote) for quote in quotes],
             refused=[] if refusal is None else [StoppedView(**msgspec.structs.asdict(one)) for one in refusal.stopped],
         )
