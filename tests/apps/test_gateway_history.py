@@ -79,7 +79,7 @@ async def test_a_call_that_went_well() -> None:
             "ring": "own",
             "region": "here",
             "code": None,
-            "why": "the least expected cost of 1 offers that were likely to meet the call's needs",
+            "why": "the least expected cost of 1 offer that was likely to meet the call's needs",
             "others": [],
         }
         assert (quote["node"], quote["model"], quote["hardware"]) == ("node-a", MODEL, "cpu")

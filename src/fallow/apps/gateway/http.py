@@ -157,7 +157,7 @@ class Api:
         head = openai.read_head(path, body)
         if http.story is not None:
             http.story.names(head.model, streams=bool(head.stream))
-        asked = openai.asked_of(head, len(body), lines)
+        asked = openai.asked_of(head, len(body.rstrip()), lines)
         arrived_at_ms = self._clock.wall_ms()
         needs = needs_of(asked, grant.policy, now_ms=arrived_at_ms)
         if isinstance(needs, Failure):
