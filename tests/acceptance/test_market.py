@@ -1,25 +1,12 @@
 """Two lenders' machines of different price and a second server that stands for a GPU: where calls go, why, and what refuses them."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import openai
 import pytest
 from running import MODEL, Apart, Service, wait_ready
-from test_lent_server import Second
-
-
-@pytest.fixture
-def second(weights: None) -> Iterator[Callable[..., Second]]:
-    started: list[Second] = []
-
-    def start(**options: str) -> Second:
-        started.append(Second(**options))
-        return started[-1].start()
-
-    yield start
-    for one in started:
-        one.kill()
+from second_server import Second
 
 
 def fixed(usd_per_million_output: float) -> str:

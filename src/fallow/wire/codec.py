@@ -4,6 +4,7 @@ from typing import Generic, TypeVar
 
 import msgspec
 
+from fallow.core.roster import is_consistent
 from fallow.model import messages as m
 from fallow.model.errors import WireError
 from fallow.wire import subjects
@@ -58,3 +59,12 @@ demand = Reader(m.Demand, subjects.DEMAND)
 index = Reader(m.Index, subjects.INDEX)
 history_query = Reader(m.HistoryQuery, subjects.HISTORY)
 history_answer = Reader(m.HistoryAnswer, subjects.HISTORY)
+
+
+def read_heartbeat(data: bytes, subject: str) -> m.Heartbeat:
+    """A node's heartbeat; raises WireError also if it speaks for another node than its subject."""
+    beat = heartbeat.read(data)
+    subjects.token(beat.node_id)
+    if beat.node_id != subjects.last_token(subject) or not is_consistent(beat):
+        raise WireError("it names another node than its subject")
+    return beat

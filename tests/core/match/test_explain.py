@@ -202,3 +202,10 @@ def test_a_refusal_accounts_for_every_offer(needs: Needs, lents: list[Lent], tie
     assert (decision.limit, decision.lifted_by) == (decision.stopped[-1].limit, decision.stopped[-1].lifted_by)
     assert "inf" not in decision.lifted_by
     assert "nan" not in decision.lifted_by
+
+
+@pytest.mark.parametrize("needs", [replace(PLAIN, regions=frozenset({"eu-de"})), replace(PLAIN, output_tokens_max=50, cost_max_micro=1)])
+def test_who_went_away_is_not_counted(needs: Needs) -> None:
+    market = market_of([Lent(node=f"node-{at}", region="us", output_price=9 * CREDIT) for at in range(3)])
+    market.drop(NodeId("node-1"))
+    assert [one.offers for one in refused(match(call_of(needs), market, now=NOW)).stopped] == [2]

@@ -12,10 +12,11 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from msgspec.structs import replace
 
 from fallow.core.match import pick
+from fallow.core.match.columns import GONE
 from fallow.core.match.decide import match
 from fallow.core.match.filter import RINGS
 from fallow.core.match.market import Market
-from fallow.core.match.rows import GONE, PARTS, TAIL_MAX
+from fallow.core.match.rows import PARTS, TAIL_MAX
 from fallow.core.match.shelf import Shelf
 from fallow.model.ids import NodeId, OrgId
 from fallow.model.needs import Needs

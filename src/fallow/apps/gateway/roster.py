@@ -48,13 +48,9 @@ class Roster:
 
     def _on_heartbeat(self, delivery: Delivery) -> None:
         try:
-            beat = codec.heartbeat.read(delivery.data)
-            subjects.token(beat.node_id)
+            beat = codec.read_heartbeat(delivery.data, delivery.subject)
         except WireError as error:
             log.warning("a heartbeat was dropped: %s", error)
-            return
-        if beat.node_id != subjects.last_token(delivery.subject) or not core.is_consistent(beat):
-            log.warning("a heartbeat was dropped: it names another node than its subject")
             return
         if beat.node_id not in self._members and len(self._members) >= NODES_MAX:
             log.warning("a heartbeat was dropped: the roster is full (%d nodes)", NODES_MAX)

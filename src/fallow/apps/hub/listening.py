@@ -58,13 +58,9 @@ class HubRoster:
 
     def _on_heartbeat(self, delivery: Delivery) -> None:
         try:
-            beat = codec.heartbeat.read(delivery.data)
-            subjects.token(beat.node_id)
+            beat = codec.read_heartbeat(delivery.data, delivery.subject)
         except WireError as error:
             log.warning("a heartbeat was dropped: %s", error)
-            return
-        if beat.node_id != subjects.last_token(delivery.subject) or not core.is_consistent(beat):
-            log.warning("a heartbeat was dropped: it names another node than its subject")
             return
         known = self._members.get(beat.node_id)
         if known is None and len(self._members) >= NODES_MAX:

@@ -9,6 +9,8 @@ Floats = NDArray[np.float64]
 Flags = NDArray[np.bool_]
 Codes = NDArray[np.intp]
 
+GONE = -1
+"""In `stop`: the row of an offer that went away."""
 ROOM_FACTOR = 2
 """Columns grow by this factor, so that a newcomer seldom costs a copy."""
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import msgspec
 import numpy as np
 
-from fallow.core.match.columns import Codes, Facts, Floats
+from fallow.core.match.columns import GONE, Codes, Facts, Floats
 from fallow.core.needs import country_of
 from fallow.model.call import Call
 from fallow.model.card import Card
@@ -144,8 +144,9 @@ class Ask(NamedTuple):
 
 
 def codes(f: Facts, outcomes: Codes, cost: Floats, ask: Ask) -> Codes:
-    """The first limit that stops each offer, as numbered in CODE; `outcomes` are those of stopped_by, `cost` is the most it can cost.
+    """The first limit that stops each offer, as numbered in CODE; GONE for who went away.
 
+    `outcomes` are those of stopped_by, `cost` is the most it can cost.
     Written from the last limit to the first, so that an earlier one overwrites a later one.
     """
     found = np.where(f.held >= f.room, BUSY, 0)
@@ -161,6 +162,7 @@ def codes(f: Facts, outcomes: Codes, cost: Floats, ask: Ask) -> Codes:
     if ask.expired_s is not None:
         found[f.expires_s <= ask.expired_s] = CODE["offer_expired"]
     first: Codes = np.where(outcomes != 0, outcomes, found)
+    first[f.stop == GONE] = GONE
     return first
 
 

@@ -64,7 +64,6 @@ class Market:
         self.kinds: list[Kind] = []
         """By number; numbers never change."""
         self._orgs: dict[OrgId, int] = {}
-        self._org_names: list[OrgId] = []
         self._outcomes: OrderedDict[Sought, Codes] = OrderedDict()
         self._bookings: dict[str, Booking] = {}
 
@@ -137,8 +136,7 @@ class Market:
         """An organisation's number; numbers are compared faster than names."""
         number = self._orgs.get(org_id)
         if number is None:
-            number = self._orgs[org_id] = len(self._org_names)
-            self._org_names.append(org_id)
+            number = self._orgs[org_id] = len(self._orgs)
         return number
 
     def outcomes(self, sought: Sought) -> Codes:

@@ -20,7 +20,6 @@ DECODE_TOKENS_PER_S_GUESS = 8.0
 GPU_PREFILL_TOKENS_PER_S_GUESS = 1_000.0
 GPU_DECODE_TOKENS_PER_S_GUESS = 30.0
 """The same on a GPU, such as a server that a lender has attached."""
-OUTPUT_TOKENS_GUESS = 256.0
 TOKENS_PER_S_MIN = 1e-3
 """Slower than that is as good as never, and the arithmetic stays finite."""
 SHARE = 0.7

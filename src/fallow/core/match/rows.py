@@ -7,7 +7,7 @@ import msgspec
 import numpy as np
 
 from fallow.core.match import learn, predict
-from fallow.core.match.columns import ROOM_FACTOR, Codes, Columns, Floats, make
+from fallow.core.match.columns import GONE, ROOM_FACTOR, Codes, Columns, Floats, make
 from fallow.model.ids import NodeId
 from fallow.model.offer import Load, Offer
 
@@ -19,8 +19,6 @@ CONTEXT_OF_LISTS = 2.0**40
 NEWCOMERS_MAX = 512
 """Where more come at once, as when a gateway starts, they are put in order at once."""
 GONE_MAX = 16
-GONE = -1
-"""The row of an offer that went away."""
 PARTS = (512, *(8 * 512 * 4**more for more in range(12)))
 """The cheapest offers are looked at first; this is where the parts end."""
 UNREAD_EACH_TOKENS = 150.0
@@ -73,7 +71,7 @@ class Rows:
         self.nodes.append(node_id)
         self.row_of[node_id] = at
         if old is None:
-            self._unlearn(at, row.offer, now_s)
+            self._unlearn(at, row.offer)
         else:  # another price or owner is another place
             for column in self.columns:
                 column[at] = column[old]
@@ -105,7 +103,7 @@ class Rows:
         self.expires_s = min(self.expires_s, row.expires_s)
         self.context = min(self.context, float(c.context[at]))
 
-    def _unlearn(self, at: int, offer: Offer, now_s: float) -> None:
+    def _unlearn(self, at: int, offer: Offer) -> None:
         c = self.columns
         for column in c:
             column[at] = 0
@@ -116,8 +114,7 @@ class Rows:
 
     def held(self, row: int) -> float:
         """Calls that the offer runs or keeps waiting, as far as is known."""
-        c = self.columns
-        return float(c.streams[row] + c.reading[row] + c.others[row])
+        return float(self.columns.held[row])
 
     def drop(self, node_id: NodeId) -> None:
         """The node doesn't offer the model any more."""

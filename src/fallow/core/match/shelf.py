@@ -7,8 +7,8 @@ import msgspec
 import numpy as np
 
 from fallow.core.match import learn, predict, rent
-from fallow.core.match.columns import Floats
-from fallow.core.match.rows import GONE, Row, Rows
+from fallow.core.match.columns import GONE, Floats
+from fallow.core.match.rows import Row, Rows
 from fallow.model.ids import NodeId
 
 OVERRUN = 1.1
@@ -51,7 +51,7 @@ class Shelf(Rows):
         self.wanted: deque[rent.Wanted] = deque(maxlen=rent.CALLS_MAX)
         self.asked_s: deque[float] = deque(maxlen=rent.CALLS_MAX)
         self.dear_prompt = self.dear_output = 0.0
-        self.prompt_mean, self.output_mean = PROMPT_MEAN_TOKENS, predict.OUTPUT_TOKENS_GUESS
+        self.prompt_mean = PROMPT_MEAN_TOKENS
         self._ours = self._running = 0.01
         self.refreshed_s = self._drawn_s = 0.0
 
@@ -204,4 +204,3 @@ class Shelf(Rows):
         self.wanted.append(wanted)
         self.asked_s.append(now_s)
         self.prompt_mean += MEAN_RATE * (wanted.prompt - self.prompt_mean)
-        self.output_mean += MEAN_RATE * (wanted.output - self.output_mean)

@@ -7,14 +7,14 @@ from typing import NamedTuple
 import numpy as np
 
 from fallow.core.match import pick, predict, price
-from fallow.core.match.columns import Codes, Facts, Flags, Floats
+from fallow.core.match.columns import GONE, Codes, Facts, Flags, Floats
 from fallow.core.match.filter import CODE, LIMITS, MARKET, RINGS, Ask, Kind, codes, rings_of, sought_by
 from fallow.core.match.lengths import Length
 from fallow.core.match.market import Market, warm_column
 from fallow.core.match.predict import Targets, Times
 from fallow.core.match.price import MUNIT
 from fallow.core.match.rent import Wanted
-from fallow.core.match.rows import GONE, PARTS
+from fallow.core.match.rows import PARTS
 from fallow.core.match.shelf import Shelf
 from fallow.model.call import Call
 from fallow.model.ids import NodeId
