@@ -5,6 +5,7 @@ from fractions import Fraction
 from typing import TypedDict, Unpack
 
 import msgspec
+import numpy as np
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
@@ -194,12 +195,13 @@ def node_of(decision: Place | Refuse | Wait) -> str:
 
 
 def quote_at(market: Market, call: Call, node: str, *, now: Moment = NOW) -> Quote:
-    """What one node would take and promise, whether or not it is the best."""
+    """What one node would take and promise, whether or not it is the best, or could take the call."""
     for question in decide.ask(call, market, now=now):
-        look = survey.everything(question)
-        for at in range(len(look.rows)):
+        seen = survey.everything(question)
+        look = survey.weigh(question, seen.rows, np.zeros_like(seen.codes), seen.rings, end=seen.end)
+        for at in range(len(look.some)):
             if look.node_id(at) == node:
-                return decide.quote_of(look, at)
+                return decide.quotes_of(look, [at])[0]
     raise AssertionError(f"{node} doesn't offer {call.needs.model}")
 
 

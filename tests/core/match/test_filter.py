@@ -246,7 +246,7 @@ def test_a_node_that_changes_its_organisation_changes_its_ring() -> None:
 def test_every_offer_either_may_or_is_counted_once(needs: Needs, lents: list[Lent], tried: frozenset[NodeId]) -> None:
     call, market = call_of(needs), market_of(lents)
     everything = looks(market, call, tried=tried)
-    fit = {look.node_id(at) for look in everything for at in range(len(look.rows)) if look.codes[at] == 0}
+    fit = {look.node_id(at) for look in everything for at in range(len(look.some)) if look.codes[look.some[at]] == 0}
     assert fit == {lent.node for lent in lents if may(call, lent, tried=tried)}
     offered = [lent for lent in lents if needs.model in (lent.model, lent.family)]
     assert sum(len(look.rows) for look in everything) == len(offered)
@@ -265,6 +265,6 @@ def test_what_the_filter_remembers_of_a_call_holds_for_later_offers(needs: Needs
                 market.heard(NodeId(lent.node), lent.model, running=0, now_s=AT_S)
             put(market, lent)
             known[lent.node, lent.model] = lent
-        everything = [(look, at) for look in looks(market, call) for at in range(len(look.rows)) if look.codes[at] == 0]
+        everything = [(look, at) for look in looks(market, call) for at in range(len(look.some))]
         found = {(look.node_id(at), look.question.shelf.model) for look, at in everything}
         assert found == {key for key, lent in known.items() if may(call, lent)}

@@ -2,7 +2,6 @@
 
 import math
 import random
-from collections import Counter
 
 import numpy as np
 import pytest
@@ -171,7 +170,10 @@ class OnTheShelf(RuleBasedStateMachine):
             assert (c.slots[row], c.room[row]) == (max(1, lent.slots), lent.slots + lent.waiting_max)
             assert (c.prefill[row], c.decode[row], c.stop[row]) == (lent.prefill, lent.decode, 0)
             assert c.org[row] == self.market.org(OrgId(lent.org))
-        assert +shelf.orgs == shelf.orgs == Counter(self.market.org(OrgId(lent.org)) for lent in self.lents.values())
+        rows_of: dict[int, list[int]] = {}
+        for node, lent in self.lents.items():
+            rows_of.setdefault(self.market.org(OrgId(lent.org)), []).append(shelf.row_of[NodeId(node)])
+        assert shelf.orgs == {org: sorted(rows) for org, rows in rows_of.items()}
 
     @invariant()
     def calls_are_where_they_went(self) -> None:
@@ -272,10 +274,10 @@ many_needs = st.builds(
 def test_short_cuts_find_what_a_look_at_everything_finds(needs: Needs, seed: int) -> None:
     call, (market, _) = call_of(needs), grown(random.Random(seed))
     (everything,) = looks(market, call)
-    scores = {everything.node_id(at): float(everything.score[at]) for at in range(len(everything.rows))}
+    scores = {everything.node_id(at): float(everything.score[at]) for at in range(len(everything.some))}
     decision = match(call, market, now=NOW)
     for ring, name in enumerate(RINGS):
-        able = everything.able & (everything.rings == ring) if name != "market" else everything.able
+        able = everything.able_in(name)
         if able.any() and name in needs.rings:
             least = float(everything.score[able].min())
             place = placed(decision)

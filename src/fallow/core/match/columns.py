@@ -1,5 +1,6 @@
 """Offers as columns: one array per fact, one row per offer, so that a decision looks at hundreds of them in one go."""
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -16,16 +17,15 @@ ROOM_FACTOR = 2
 
 
 class Facts(NamedTuple):
-    """What a decision looks at, all arrays equally long. Times are seconds of the gateway's clock.
+    """What a prediction looks at, all arrays equally long. Times are seconds of the gateway's clock.
 
     `prompt_price`, `cached_price`, `output_price` are micro-credits per token. `rate` is the prompt tokens a second that a new
-    call gets, `prefill_var` its relative variance; `step` the seconds per token, `spread` the standard deviation of its
-    logarithm. `ahead_s` passes before anything of the call is read (round trip, loading), the prompts that came before are read
-    by `queue_until`, of which `queue_rest` seconds haven't begun; `theirs_s` of these are a guess at other gateways'. `held`
-    counts calls known to be there, of `slots` and `room` (slots and queue places); where they are full, `slot_s` is when the
-    first slot is expected to be free. `token_work` is the seconds of the machine that a token of output takes on a busy one,
-    `rent` what a second is worth to the calls to come. `kind` and `org` are numbers for the filter; `stop` is 0, or the limit
-    that the node's own state is.
+    call gets, `prefill_var` its relative variance; `step` the seconds per token, `decode_var` its relative variance. `ahead_s`
+    passes before anything of the call is read (round trip, loading), the prompts that came before are read by `queue_until`, of
+    which `queue_rest` seconds haven't begun; `queue_var` is the relative variance of that, `known_var` the variance in s² of what
+    doesn't depend on the call. `held` counts calls known to be there, of `slots`; where they are full, `slot_s` is when the first
+    slot is expected to be free. `token_work` is the seconds of the machine that a token of output takes on a busy one, `rent`
+    what a second is worth to the calls to come.
     """
 
     prompt_price: Floats
@@ -34,32 +34,28 @@ class Facts(NamedTuple):
     rate: Floats
     prefill_var: Floats
     step: Floats
-    spread: Floats
+    decode_var: Floats
     ahead_s: Floats
     queue_until: Floats
     queue_rest: Floats
-    theirs_s: Floats
+    queue_var: Floats
+    known_var: Floats
     held: Floats
     slots: Floats
-    room: Floats
     slot_s: Floats
     token_work: Floats
     rent: Floats
-    context: Floats
-    expires_s: Floats
-    kind: Codes
-    org: Codes
-    stop: Codes
 
 
 class Columns(NamedTuple):
     """All that is kept of offers: the facts, and what they follow from.
 
-    `prefill` and `decode` are what the card says, in tokens per second; `prefill_log`, `decode_log` are learnt corrections of
-    them as logarithms, `decode_var` is the relative variance. `slope` is how much longer a step takes with each further stream.
-    `writes` is 0 for what answers as soon as it has read. `streams` and `reading` count this gateway's calls there, `unread` are
-    their prompts' tokens, of which `head` are being read since `head_s`. `others` run for other gateways; `unread_each` is how
-    many tokens a call there has unread on average.
+    `room` is slots and queue places, `context` tokens. `prefill` and `decode` are what the card says, in tokens per second;
+    `prefill_log`, `decode_log` are learnt corrections of them as logarithms. `slope` is how much longer a step takes with each
+    further stream. `writes` is 0 for what answers as soon as it has read. `streams` and `reading` count this gateway's calls
+    there, `unread` are their prompts' tokens, of which `head` are being read since `head_s`. `others` run for other gateways;
+    `unread_each` is how many tokens a call there has unread on average. `kind` and `org` are numbers for the filter; `stop` is 0,
+    or the limit that the node's own state is; `halt` is the same, or that all places are taken.
     """
 
     prompt_price: Floats
@@ -68,22 +64,20 @@ class Columns(NamedTuple):
     rate: Floats
     prefill_var: Floats
     step: Floats
-    spread: Floats
+    decode_var: Floats
     ahead_s: Floats
     queue_until: Floats
     queue_rest: Floats
-    theirs_s: Floats
+    queue_var: Floats
+    known_var: Floats
     held: Floats
     slots: Floats
-    room: Floats
     slot_s: Floats
     token_work: Floats
     rent: Floats
+    room: Floats
     context: Floats
     expires_s: Floats
-    kind: Codes
-    org: Codes
-    stop: Codes
     prefill: Floats
     decode: Floats
     slope: Floats
@@ -92,7 +86,6 @@ class Columns(NamedTuple):
     load_s: Floats
     prefill_log: Floats
     decode_log: Floats
-    decode_var: Floats
     streams: Floats
     reading: Floats
     unread: Floats
@@ -100,33 +93,54 @@ class Columns(NamedTuple):
     head_s: Floats
     others: Floats
     unread_each: Floats
+    kind: Codes
+    org: Codes
+    stop: Codes
+    halt: Codes
 
     def part(self, begin: int, end: int) -> "Columns":
         """Rows from `begin` up to `end`, as views."""
         return Columns._make([column[begin:end] for column in self])
 
-    def rows(self, rows: Codes) -> "Columns":
-        """These rows, copied."""
-        return Columns._make([column[rows] for column in self])
-
-    def facts(self, begin: int, end: int) -> Facts:
-        """The facts of rows from `begin` up to `end`, as views."""
-        return Facts._make([column[begin:end] for column in self[:FACTS]])
-
-    def facts_of(self, rows: Codes) -> Facts:
-        """The facts of these rows, copied."""
-        return Facts._make([column[rows] for column in self[:FACTS]])
-
-    def grown(self, size: int) -> "Columns":
-        """The same with place for `size` rows."""
-        return Columns._make([np.concatenate([column, np.zeros(size - len(column), column.dtype)]) for column in self])
-
 
 FACTS = len(Facts._fields)
 assert Columns._fields[:FACTS] == Facts._fields, "the facts stand first"
-CODES = frozenset({"kind", "org", "stop"})
+CODES = Columns._fields.index("kind")
+"""The first of the columns that are whole numbers."""
 
 
-def make(size: int) -> Columns:
-    """Empty columns."""
-    return Columns._make([np.zeros(size, np.intp if name in CODES else np.float64) for name in Columns._fields])
+class Table:
+    """The columns' memory: in one piece, so that some rows of all facts are taken in one go."""
+
+    def __init__(self, size: int) -> None:
+        self._floats: Floats = np.zeros((CODES, size))
+        self._codes: Codes = np.zeros((len(Columns._fields) - CODES, size), np.intp)
+        self.columns = Columns._make([*self._floats, *self._codes])
+
+    def __len__(self) -> int:
+        return len(self.columns.kind)
+
+    def facts(self, rows: Codes) -> Facts:
+        """The facts of these rows, copied."""
+        return Facts._make(self._floats[:FACTS].take(rows, axis=1))
+
+    def rows(self, rows: Codes) -> Columns:
+        """All of these rows, copied."""
+        return Columns._make([*self._floats.take(rows, axis=1), *self._codes.take(rows, axis=1)])
+
+    def grow(self) -> None:
+        """Make place for more rows."""
+        more = len(self) * (ROOM_FACTOR - 1)
+        self._floats = np.concatenate([self._floats, np.zeros((len(self._floats), more))], axis=1)
+        self._codes = np.concatenate([self._codes, np.zeros((len(self._codes), more), np.intp)], axis=1)
+        self.columns = Columns._make([*self._floats, *self._codes])
+
+    def put(self, at: int, values: Iterable[float]) -> None:
+        """Write all of a row, in the order of the columns."""
+        for column, value in zip(self.columns, values, strict=True):
+            column[at] = value
+
+    def order(self, rows: Codes) -> None:
+        """Put these rows first, in their order."""
+        self._floats[:, : len(rows)] = self._floats.take(rows, axis=1)
+        self._codes[:, : len(rows)] = self._codes.take(rows, axis=1)

@@ -14,6 +14,7 @@ from fallow.core.match.price import rounded
 from fallow.core.match.survey import Look, Moment, Question
 from fallow.model.call import Call
 from fallow.model.ids import NodeId
+from fallow.model.needs import Ring
 from fallow.model.quote import Place, Quote, Refuse, Wait
 
 FLEX_RETRY_MS, FLEX_RETRY_MS_MAX, FLEX_RETRY_GROWTH = 1_000, 4_000, 0.1
@@ -31,13 +32,13 @@ def match(call: Call, market: Market, *, tried: Collection[NodeId] = (), now: Mo
     """Filter → predict → price → pick, ring by ring; or explain. `tried` are the nodes on which this call already failed."""
     luck = pick.draw(call.gateway_id, call.id, attempt)
     questions = ask(call, market, tried=tried, now=now, trusts_cards=luck < pick.EXPLORE and not call.needs.strict)
-    looks: list[Look] = []
+    looks = [survey.first(q) for q in questions]
     for ring in RINGS:
-        found = [best for q in questions for best in _worth(survey.pool(q, ring), looks)]
+        found = [best for look in looks[: len(questions)] for best in _best(look, ring, looks)]
         best = min(found, key=lambda one: (one.score, one.look.node_id(one.at)), default=None)
         if best is not None:
-            return _patience(call, looks, best, now) or _place(best, luck, looks)
-        if call.needs.service_tier == "flex" and _has_time(call, now) and any(survey.may_come(look).any() for look in looks):
+            return _patience(call, looks, best, ring, now) or _place(best, luck)
+        if call.needs.service_tier == "flex" and _has_time(call, now) and any(len(survey.may_come(look, ring)) for look in looks):
             return Wait(for_ms=_retry_ms(call, now), why="all that could take the call is busy now, and there is time")
     return _second_best(call, market, questions, looks)
 
@@ -51,12 +52,11 @@ def ask(call: Call, market: Market, *, tried: Collection[NodeId] = (), now: Mome
 def quotes(call: Call, market: Market, *, now: Moment) -> tuple[tuple[Quote, ...], Refuse | None]:
     """What each offer would cost and promise, the best first, and what stopped the others. Nothing is run."""
     everything = [survey.everything(q) for q in ask(call, market, now=now)]
-    found: list[tuple[float, float, str, Quote]] = []
+    found: list[tuple[bool, float, str, Quote]] = []
     for look in everything:
-        possible = np.flatnonzero(look.codes == 0)
-        order = np.lexsort((look.score[possible], ~look.able[possible]))[:QUOTES_MAX]
-        for at in possible[order]:
-            quote = quote_of(look, int(at))
+        possible = np.flatnonzero(look.codes[look.some] == 0)
+        order = possible[np.lexsort((look.score[possible], ~look.able[possible]))[:QUOTES_MAX]].tolist()
+        for at, quote in zip(order, quotes_of(look, order), strict=True):
             found.append((not look.able[at], float(look.score[at]), quote.node_id, quote))
     found.sort(key=lambda one: one[:3])
     refusal = explain.refuse(call, market, everything) if any((look.codes > 0).any() for look in everything) or not found else None
@@ -64,39 +64,49 @@ def quotes(call: Call, market: Market, *, now: Moment) -> tuple[tuple[Quote, ...
 
 
 class Best(NamedTuple):
-    """A look, its scores (infinite for offers that aren't able), and the row with the least."""
+    """A look, its scores (infinite for offers that aren't able), the place of the least, and how many are able."""
 
     look: Look
     scores: Floats
     at: int
     score: float
+    able: int
 
 
-def _worth(pool: survey.Pool, looks: list[Look]) -> Iterator[Best]:
-    """The best of each part of a pool, as long as a part can be worth a look: not if all it has costs more than the best so far."""
-    least = math.inf
-    for look in pool:
-        looks.append(look)
-        scores = np.where(look.able, look.score, math.inf)
-        at = int(scores.argmin()) if len(scores) else 0
-        score = float(scores[at]) if len(scores) else math.inf
-        if score < math.inf:
-            yield Best(look, scores, at, score)
+def _best(look: Look, ring: Ring, looks: list[Look]) -> Iterator[Best]:
+    """The best of a ring, of each part that can be worth a look: not if all it has costs more than the best so far."""
+    least, able = math.inf, 0
+    part: Look | None = look
+    while part is not None:
+        flags = part.able_in(ring)
+        count = 0 if flags is None else int(np.count_nonzero(flags))
+        if flags is not None and count:
+            able += count
+            scores = np.where(flags, part.score, math.inf)
+            at = int(scores.argmin())
+            score = float(scores[at])
+            yield Best(part, scores, at, score, able)
             least = min(least, score)
-        if survey.floor(look) > least * (1.0 + pick.NEAR):
+        if ring != "market":
+            part = survey.rest_of(part.question, ring) if part is look and not count else None
+        else:
+            part = None if survey.floor(part) > least * (1.0 + pick.NEAR) else survey.further(part)
+        if part is not None:
+            looks.append(part)
+
+
+def _place(best: Best, luck: float) -> Place:
+    look, scores = best.look, best.scores
+    at = pick.pick(scores, look.times.first_s, look.node_id, best=best.at, luck=luck)
+    chosen = [at]
+    for _ in range(min(OTHERS_MAX, len(scores) - 1)):
+        scores[chosen[-1]] = math.inf
+        following = int(scores.argmin())
+        if scores[following] == math.inf:
             break
-
-
-def _place(best: Best, luck: float, looks: Sequence[Look]) -> Place:
-    look, able = best.look, sum(int(np.count_nonzero(look.able)) for look in looks)
-    at = pick.pick(best.scores, look.times.first_s, look.node_id, best=best.at, luck=luck)
-    best.scores[at] = math.inf
-    some = np.argpartition(best.scores, OTHERS_MAX)[:OTHERS_MAX] if len(best.scores) > OTHERS_MAX else np.arange(len(best.scores))
-    others = sorted((float(best.scores[one]), look.node_id(int(one)), int(one)) for one in some if best.scores[one] < math.inf)
-    quote = quote_of(look, at)
-    return Place(
-        node_id=quote.node_id, quote=quote, why=_why(look, able), able=able, others=tuple(quote_of(look, one) for *_, one in others)
-    )
+        chosen.append(following)
+    quote, *others = quotes_of(look, chosen)
+    return Place(node_id=quote.node_id, quote=quote, why=_why(look, best.able), able=best.able, others=tuple(others))
 
 
 def _why(look: Look, able: int) -> str:
@@ -107,13 +117,13 @@ def _why(look: Look, able: int) -> str:
     )
 
 
-def _patience(call: Call, looks: Sequence[Look], best: Best, now: Moment) -> Wait | None:
+def _patience(call: Call, looks: Sequence[Look], best: Best, ring: Ring, now: Moment) -> Wait | None:
     """A flex call waits for a cheaper offer that is busy now."""
     needs = call.needs
     if needs.service_tier != "flex" or needs.prefer == "fast" or not _has_time(call, now):
         return None
-    quiet = min(float(survey.when_quiet(look).min(initial=math.inf)) for look in looks)
-    if survey.when_quiet(best.look)[best.at] <= quiet * (1.0 + pick.NEAR):
+    quiet = min(survey.quiet_cost(look, ring) for look in looks)
+    if survey.quiet_cost_at(best.look, best.at) <= quiet * (1.0 + pick.NEAR):
         return None
     return Wait(for_ms=_retry_ms(call, now), why="a cheaper offer is busy now, and there is time")
 
@@ -133,34 +143,46 @@ def _second_best(call: Call, market: Market, questions: Sequence[Question], look
     """Nothing is likely to meet the needs: a strict call is refused, any other goes where it is least late."""
     possible = [look for look in looks if (look.codes == 0).any()]
     if not possible:
-        seen = [look for look in looks if look.is_part]  # the market's parts are all there is
-        return explain.refuse(call, market, seen if "market" in call.needs.rings else [survey.everything(q) for q in questions])
-    hope = max(float(look.chances[look.codes == 0].max()) for look in possible)
+        return explain.refuse(call, market, looks if "market" in call.needs.rings else [survey.everything(q) for q in questions])
+    hope = max(float(look.chances.max()) for look in possible)
     found: list[tuple[float, NodeId, Look, int]] = []
     for look in possible:
-        rank = look.score if hope >= HOPE_MIN and call.needs.prefer == "cheap" else survey.lateness(look)
-        ranks = np.where(look.codes == 0, rank, math.inf)
+        ranks = look.score if hope >= HOPE_MIN and call.needs.prefer == "cheap" else survey.lateness(look)
         at = min(np.flatnonzero(ranks == ranks.min()).tolist(), key=look.node_id)
         found.append((float(ranks[at]), look.node_id(at), look, at))
     _, node_id, look, at = min(found, key=lambda one: one[:2])
     why = "no offer is likely to meet the call's needs; this one misses them least"
-    return Place(node_id=node_id, quote=quote_of(look, at), why=why, able=0)
+    return Place(node_id=node_id, quote=quotes_of(look, [at])[0], why=why, able=0)
 
 
-def quote_of(look: Look, at: int) -> Quote:
-    """An offer applied to the call's needs."""
-    t, kind, mean = look.times, look.kind(at), look.question.length.mean_tokens
-    first, step = float(t.first_s[at]), float(t.step_s[at])
-    return Quote(
-        node_id=look.node_id(at),
-        model=look.question.shelf.model,
-        hardware=kind.hardware,
-        ring=look.ring(at),
-        region=kind.region,
-        cost_max_micro=rounded(float(look.cost_max[at])),
-        cost_expected_micro=rounded(float(look.cost[at])),
-        first_token_in_ms=round(1000 * first),
-        per_token_ms=round(1000 * step, 3),
-        end_in_ms=round(1000 * (first + mean * step)),
-        chance=round(float(look.chances[at]), 4),
+def quotes_of(look: Look, ats: Sequence[int]) -> list[Quote]:
+    """Offers, by their places in a look, applied to the call's needs."""
+    q, t, some = look.question, look.times, np.array(ats, np.intp)
+    rows = look.rows[look.some[some]]
+    columns = (
+        rows,
+        q.shelf.columns.kind[rows],
+        survey.cost_max(q, rows),
+        look.cost[some],
+        t.first_s[some],
+        t.step_s[some],
+        look.chances[some],
     )
+    found = []
+    for ring, row, number, most, cost, first, step, chance in zip(look.rings_at(some), *(one.tolist() for one in columns), strict=True):
+        kind = q.kind_list[number]
+        quote = Quote(
+            node_id=q.shelf.nodes[row],
+            model=q.shelf.model,
+            hardware=kind.hardware,
+            ring=ring,
+            region=kind.region,
+            cost_max_micro=rounded(most),
+            cost_expected_micro=rounded(cost),
+            first_token_in_ms=round(1000 * first),
+            per_token_ms=round(1000 * step, 3),
+            end_in_ms=round(1000 * (first + q.length.mean_tokens * step)),
+            chance=round(chance, 4),
+        )
+        found.append(quote)
+    return found

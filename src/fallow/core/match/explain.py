@@ -6,8 +6,11 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from fallow.core.admit import YIELDING_RETRY_AFTER_MS
+from fallow.core.match import survey
+from fallow.core.match.columns import Codes, Floats
 from fallow.core.match.filter import CODE, LIMITS
 from fallow.core.match.market import Market
+from fallow.core.match.predict import Times
 from fallow.core.match.survey import Look
 from fallow.model.call import Call
 from fallow.model.quote import Refuse, Stopped
@@ -28,35 +31,45 @@ def _credits(micro: float) -> str:
     return f"{math.ceil(micro - 1e-6) / MICRO:.6f}".rstrip("0").rstrip(".")
 
 
-def _least(looks: Sequence[Look], code: int, of: Callable[[Look], np.ndarray[tuple[int], np.dtype[np.float64]]]) -> float:
-    """The least value among the offers that a limit stopped."""
-    return min((float(of(look)[look.codes == code].min()) for look in looks if (look.codes == code).any()), default=math.inf)
+def _least(looks: Sequence[Look], code: int, of: Callable[[Look, Codes], Floats]) -> float:
+    """The least value among the offers that a limit stopped, given by their rows."""
+    stopped = [(look, look.stopped(code)) for look in looks]
+    return min((float(of(look, rows).min()) for look, rows in stopped if len(rows)), default=math.inf)
+
+
+def _times(look: Look, rows: Codes) -> Times:
+    return survey.times(look.question, look.question.shelf.table.facts(rows))
 
 
 def _kinds(looks: Sequence[Look], code: int, what: str) -> str:
-    found = {getattr(look.question.kind_list[int(kind)], what) for look in looks for kind in np.unique(look.facts.kind[look.codes == code])}
+    found = set()
+    for look in looks:
+        kinds = np.unique(look.question.shelf.columns.kind[look.stopped(code)]).tolist()
+        found |= {getattr(look.question.kind_list[kind], what) for kind in kinds}
     return ", ".join(sorted(str(one) or "unknown" for one in found)[:NAMES_MAX])
 
 
 def _over_price(looks: Sequence[Look], code: int) -> str:
-    dearest = _least(looks, code, lambda look: look.facts.output_price * MICRO)
+    dearest = _least(looks, code, lambda look, rows: look.question.shelf.columns.output_price[rows] * MICRO)
     return f"raise max_price: the cheapest is {_credits(dearest)}"
 
 
 def _over_cost(looks: Sequence[Look], code: int) -> str:
-    cheapest = _least(looks, code, lambda look: look.cost_max)
+    cheapest = _least(looks, code, lambda look, rows: survey.cost_max(look.question, rows))
     return f"raise max_cost, or lower the limit of the answer's tokens: the cheapest is {_credits(cheapest)}"
 
 
 def _over_context(looks: Sequence[Look], code: int) -> str:
-    longest = -_least(looks, code, lambda look: -look.facts.context)
+    longest = -_least(looks, code, lambda look, rows: -look.question.shelf.columns.context[rows])
     return f"shorten the prompt: the longest context is {longest:.0f} tokens"
 
 
 def _too_slow(looks: Sequence[Look], code: int) -> str:
-    first = _least(looks, code, lambda look: look.times.first_s)
-    step = _least(looks, code, lambda look: look.times.step_s)
-    chance = -_least(looks, code, lambda look: -look.chances)
+    slow = [(look.times, look.chances, look.codes[look.some] == code) for look in looks]
+    some = [one for one in slow if one[2].any()]
+    first = min(float(times.first_s[there].min()) for times, _, there in some)
+    step = min(float(times.step_s[there].min()) for times, _, there in some)
+    chance = max(float(chances[there].max()) for _, chances, there in some)
     return (
         f"leave out strict, or allow more time: the first token can be expected after {first:.1f} s at the soonest, "
         f"a token takes {1000 * step:.0f} ms at the least, and the best chance to meet all is {100 * chance:.0f} %"
@@ -111,6 +124,6 @@ def _retry_after_ms(limit: str, looks: Sequence[Look]) -> int:
     if limit == "owner_is_back":
         return YIELDING_RETRY_AFTER_MS
     if limit == "busy":
-        soonest = 1000 * _least(looks, CODE["busy"], lambda look: look.times.first_s)
+        soonest = 1000 * _least(looks, CODE["busy"], lambda look, rows: _times(look, rows).first_s)
         return int(min(RETRY_AFTER_MS_MAX, max(RETRY_AFTER_MS, soonest)))
     return RETRY_AFTER_MS

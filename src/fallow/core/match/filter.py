@@ -1,12 +1,14 @@
 """Which offers can take a call at all. Each limit has a name, and the first that stops an offer is counted."""
 
-from collections.abc import Collection
-from typing import NamedTuple
+from collections import OrderedDict
+from collections.abc import Callable, Collection
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
 
-from fallow.core.match.columns import GONE, Codes, Facts, Floats
+from fallow.core.match.columns import GONE, Codes, Columns, Floats
 from fallow.core.needs import country_of
 from fallow.model.call import Call
 from fallow.model.card import Card
@@ -39,6 +41,10 @@ CODE = {name: number for number, name in enumerate(LIMITS, 1)}
 ISOLATION_RANK: dict[Isolation, int] = {"none": 0, "landlock": 1, "bwrap": 2}
 RINGS: tuple[Ring, ...] = ("own", "partner", "market")
 MARKET = 2
+KINDS_MAX = 20_000
+"""Kinds of offers that are told apart; an offer of one more isn't taken."""
+OUTCOMES_MAX = 512
+"""Outcomes that are remembered: most calls of a key have the same."""
 
 
 class Kind(msgspec.Struct, frozen=True):
@@ -96,25 +102,73 @@ def sought_by(call: Call) -> Sought:
     )
 
 
-def stopped_by(sought: Sought, kind: Kind, ring: Ring) -> int:
-    """The first limit that stops offers of a kind in a ring, 0 if none does."""
-    if sought.path not in kind.paths:
-        return CODE["path_not_offered"]
-    if sought.quantisations and kind.quantisation not in sought.quantisations:
-        return CODE["quantisation"]
-    if ring not in sought.rings or ring not in kind.serves:
-        return CODE["ring"]
-    if sought.org_id in kind.refuses_organisations or sought.country in kind.refuses_countries:
-        return CODE["lender_refuses"]
-    if sought.regions and kind.region not in sought.regions:
-        return CODE["region"]
-    if sought.countries and country_of(kind.region) not in sought.countries:
-        return CODE["country"]
-    if sought.hardware not in (None, kind.hardware):
-        return CODE["hardware"]
-    if sought.isolation is not None and ISOLATION_RANK[kind.isolation] < ISOLATION_RANK[sought.isolation]:
-        return CODE["isolation"]
-    return 0
+def _is_refused(sought: Sought, refuses: tuple[frozenset[str], frozenset[str]], ring: Ring) -> bool:
+    organisations, countries = refuses
+    return sought.org_id in organisations or sought.country in countries
+
+
+STOPS: tuple[tuple[str, Callable[[Kind], Any], Callable[[Sought, Any, Ring], bool]], ...] = (
+    ("path_not_offered", lambda kind: kind.paths, lambda sought, paths, ring: sought.path not in paths),
+    (
+        "quantisation",
+        lambda kind: kind.quantisation,
+        lambda sought, one, ring: bool(sought.quantisations) and one not in sought.quantisations,
+    ),
+    ("ring", lambda kind: kind.serves, lambda sought, serves, ring: ring not in sought.rings or ring not in serves),
+    ("lender_refuses", lambda kind: (kind.refuses_organisations, kind.refuses_countries), _is_refused),
+    ("region", lambda kind: kind.region, lambda sought, region, ring: bool(sought.regions) and region not in sought.regions),
+    (
+        "country",
+        lambda kind: kind.region,
+        lambda sought, region, ring: bool(sought.countries) and country_of(region) not in sought.countries,
+    ),
+    ("hardware", lambda kind: kind.hardware, lambda sought, hardware, ring: sought.hardware not in (None, hardware)),
+    (
+        "isolation",
+        lambda kind: kind.isolation,
+        lambda sought, given, ring: sought.isolation is not None and ISOLATION_RANK[given] < ISOLATION_RANK[sought.isolation],
+    ),
+)
+"""Limits on kinds: what of a kind each looks at, and when that stops a call in a ring."""
+
+
+class Kinds:
+    """Kinds of offers by number; numbers never change. Of each thing that a limit looks at there are few, so few are tested."""
+
+    def __init__(self) -> None:
+        self.list: list[Kind] = []
+        self._numbers: dict[Kind, int] = {}
+        self._values: list[dict[Any, int]] = [{} for _ in STOPS]
+        self._value_of: list[list[int]] = [[] for _ in STOPS]
+        self._outcomes: OrderedDict[Sought, NDArray[np.int8]] = OrderedDict()
+
+    def number(self, kind: Kind) -> int | None:
+        """A kind's number; None if there are too many already."""
+        number = self._numbers.get(kind)
+        if number is None and len(self.list) < KINDS_MAX:
+            number = self._numbers[kind] = len(self.list)
+            self.list.append(kind)
+            for (_, looks_at, _), values, value_of in zip(STOPS, self._values, self._value_of, strict=True):
+                value_of.append(values.setdefault(looks_at(kind), len(values)))
+            self._outcomes.clear()
+        return number
+
+    def outcomes(self, sought: Sought) -> NDArray[np.int8]:
+        """The first limit that stops offers of each ring and kind, 0 if none does."""
+        known = self._outcomes.get(sought)
+        if known is None:
+            known = self._outcomes[sought] = self._found(sought)
+            if len(self._outcomes) > OUTCOMES_MAX:
+                self._outcomes.popitem(last=False)
+        return known
+
+    def _found(self, sought: Sought) -> NDArray[np.int8]:
+        found = np.zeros((len(RINGS), len(self.list)), np.int8)
+        for at, (limit, _, stops) in reversed(list(enumerate(STOPS))):
+            stopped = [[stops(sought, value, ring) for value in self._values[at]] for ring in RINGS]
+            if any(any(row) for row in stopped):
+                found[np.array(stopped)[:, self._value_of[at]]] = CODE[limit]
+        return found
 
 
 def ring_of(org: OrgId, card_org: OrgId, partners: Collection[OrgId]) -> Ring:
@@ -124,46 +178,37 @@ def ring_of(org: OrgId, card_org: OrgId, partners: Collection[OrgId]) -> Ring:
     return "partner" if card_org in partners else "market"
 
 
-def rings_of(f: Facts, *, own: int, partners: Collection[int]) -> Codes:
-    """The ring of each offer, as an index into RINGS."""
-    rings = np.full(len(f.org), MARKET, np.intp)
-    for partner in partners:
-        rings[f.org == partner] = 1
-    rings[f.org == own] = 0
-    return rings
-
-
 class Ask(NamedTuple):
-    """The numbers that the remaining limits look at; None where a limit can't stop anything. `tried` are places in the arrays."""
+    """The numbers that the remaining limits look at; None where a limit can't stop anything. `tried` are places among the rows."""
 
     tokens: float | None
     output_price_max: float | None
     cost_max: float | None
-    tried: Collection[int]
+    tried: Codes | None
     expired_s: float | None
+    has_gone: bool
 
 
-def codes(f: Facts, outcomes: Codes, cost: Floats, ask: Ask) -> Codes:
-    """The first limit that stops each offer, as numbered in CODE; GONE for who went away.
+def codes(c: Columns, rows: Codes | slice, outcomes: NDArray[np.int8], cost: Floats | None, ask: Ask) -> Codes:
+    """The first limit that stops each of these rows, as numbered in CODE; GONE for who went away.
 
-    `outcomes` are those of stopped_by, `cost` is the most it can cost.
+    `outcomes` are those of their kinds, `cost` is the most it can cost, where that is limited.
     Written from the last limit to the first, so that an earlier one overwrites a later one.
     """
-    found = np.where(f.held >= f.room, BUSY, 0)
-    found = np.where(f.stop != 0, f.stop, found)
-    for at in ask.tried:
-        found[at] = CODE["already_tried"]
-    if ask.cost_max is not None:
-        found[cost > ask.cost_max] = CODE["over_cost"]
+    halt = c.halt[rows]
+    found = halt
+    if ask.tried is not None and len(ask.tried):
+        found = found.copy()
+        found[ask.tried] = CODE["already_tried"]
+    if ask.cost_max is not None and cost is not None:
+        found = np.where(cost > ask.cost_max, CODE["over_cost"], found)
     if ask.output_price_max is not None:
-        found[f.output_price > ask.output_price_max] = CODE["over_price"]
+        found = np.where(c.output_price[rows] > ask.output_price_max, CODE["over_price"], found)
     if ask.tokens is not None:
-        found[f.context < ask.tokens] = CODE["over_context"]
+        found = np.where(c.context[rows] < ask.tokens, CODE["over_context"], found)
     if ask.expired_s is not None:
-        found[f.expires_s <= ask.expired_s] = CODE["offer_expired"]
+        found = np.where(c.expires_s[rows] <= ask.expired_s, CODE["offer_expired"], found)
     first: Codes = np.where(outcomes != 0, outcomes, found)
-    first[f.stop == GONE] = GONE
+    if ask.has_gone:
+        first[halt == GONE] = GONE
     return first
-
-
-BUSY = CODE["busy"]

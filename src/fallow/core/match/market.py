@@ -1,12 +1,9 @@
 """All that a gateway knows of offers: a shelf for each model, what it learnt of answers, and what its calls are doing."""
 
-from collections import Counter, OrderedDict, defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 
-import numpy as np
-
-from fallow.core.match.columns import Codes, Floats
-from fallow.core.match.filter import CODE, RINGS, Kind, Sought, kind_of, stopped_by
+from fallow.core.match.filter import CODE, Kinds, kind_of
 from fallow.core.match.keys import Prompts, Warmth
 from fallow.core.match.lengths import Lengths
 from fallow.core.match.rent import Wanted
@@ -20,13 +17,9 @@ from fallow.model.owner import WORKING, State
 from fallow.model.quote import Quote
 from fallow.model.receipt import Usage
 
-KINDS_MAX = 20_000
-"""Kinds of offers that are told apart; an offer of one more isn't taken."""
 REFRESH_S = 0.95
 REFRESH_PARTS = 5
 """No more than this part of the shelves is looked at in one go, so that no call waits long for it."""
-FILTERS_MAX = 512
-"""Outcomes of the filter that are remembered: most calls of a key have the same."""
 
 
 class Families:
@@ -60,11 +53,8 @@ class Market:
         self._shelves: dict[str, Shelf] = {}
         self._families = Families()
         self._offered: dict[NodeId, dict[str, Offer]] = {}
-        self._kinds: dict[Kind, int] = {}
-        self.kinds: list[Kind] = []
-        """By number; numbers never change."""
+        self.kinds = Kinds()
         self._orgs: dict[OrgId, int] = {}
-        self._outcomes: OrderedDict[Sought, Codes] = OrderedDict()
         self._bookings: dict[str, Booking] = {}
 
     # offers
@@ -72,7 +62,7 @@ class Market:
         """What a node said of one of its offers, the first time and each time after."""
         node_id = card.node_id
         mine = self._offered.setdefault(node_id, {})
-        kind = self._kind(kind_of(card, offer))
+        kind = self.kinds.number(kind_of(card, offer))
         if kind is None:
             return
         self._families.change(mine.get(offer.model), offer)
@@ -124,32 +114,12 @@ class Market:
             return [shelf]
         return [self._shelves[name] for name in self._families.models(model)]
 
-    def _kind(self, kind: Kind) -> int | None:
-        """A kind's number; None if there are too many already."""
-        number = self._kinds.get(kind)
-        if number is None and len(self.kinds) < KINDS_MAX:
-            number = self._kinds[kind] = len(self.kinds)
-            self.kinds.append(kind)
-        return number
-
     def org(self, org_id: OrgId) -> int:
         """An organisation's number; numbers are compared faster than names."""
         number = self._orgs.get(org_id)
         if number is None:
             number = self._orgs[org_id] = len(self._orgs)
         return number
-
-    def outcomes(self, sought: Sought) -> Codes:
-        """What stops offers of each ring and kind; see filter.stopped_by."""
-        known = self._outcomes.get(sought)
-        have = 0 if known is None else known.shape[1]
-        if known is None or have < len(self.kinds):
-            more = np.array([[stopped_by(sought, kind, ring) for kind in self.kinds[have:]] for ring in RINGS], np.intp)
-            known = more if known is None else np.concatenate([known, more], axis=1)
-            self._outcomes[sought] = known
-            if len(self._outcomes) > FILTERS_MAX:
-                self._outcomes.popitem(last=False)
-        return known
 
     # calls
     def asked(self, call: Call, wanted: Wanted, *, now_s: float) -> None:
@@ -210,14 +180,3 @@ class Market:
         due.sort(key=lambda shelf: shelf.refreshed_s)
         for shelf in due[: max(1, len(self._shelves) // REFRESH_PARTS)]:
             shelf.refresh(now_s=now_s)
-
-
-def warm_column(warm: dict[int, float], begin: int, end: int) -> Floats | float:
-    """The warm tokens of the rows of a part."""
-    within = {row: tokens for row, tokens in warm.items() if begin <= row < end}
-    if not within:
-        return 0.0
-    column = np.zeros(end - begin)
-    for row, tokens in within.items():
-        column[row - begin] = tokens
-    return column

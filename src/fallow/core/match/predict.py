@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fallow.core.match.columns import Columns, Facts, Flags, Floats
+from fallow.core.match.columns import FACTS, Columns, Facts, Flags, Floats
+from fallow.core.match.filter import CODE
 from fallow.core.match.lengths import Length
 
 PREFILL_TOKENS_PER_S_GUESS = 50.0
@@ -34,8 +35,6 @@ STALL = 0.25
 LEAST_SD_S = 0.02
 PREFILL_VAR_MEASURED, DECODE_VAR_MEASURED = 0.0064, 0.04
 """Relative variances of what a node's own benchmark says."""
-LEARNT = ("prefill_log", "decode_log", "prefill_var", "decode_var")
-DERIVED = ("held", "rate", "step", "spread", "ahead_s", "queue_rest", "queue_until", "theirs_s", "token_work")
 PHI_CUBE, PHI_LINE = 0.070566, 1.5976
 """The normal distribution's function as a logistic one, off by 2e-4 at most (Bowling et al. 2009)."""
 SURE_Z = 8.0
@@ -43,15 +42,15 @@ SURE_Z = 8.0
 
 class Times(NamedTuple):
     """Per offer, in seconds: to the first token, with its standard deviation, of that for reading this prompt and those before;
-    of one token; `spread` is the standard deviation of the logarithm of that. `wait_s` is the part of `first_s` that is spent
-    until a slot is free, None if all have one."""
+    of one token, and the standard deviation of the logarithm of that, None if nobody minds. `wait_s` is the part of `first_s`
+    that is spent until a slot is free, None if all have one."""
 
     first_s: Floats
     first_sd_s: Floats
     read_s: Floats
     queue_s: Floats
     step_s: Floats
-    spread: Floats
+    spread: Floats | None
     wait_s: Floats | None
 
 
@@ -65,9 +64,14 @@ class Targets(NamedTuple):
 
 def phi(z: Floats) -> Floats:
     """The chance that a standard normal value is below z."""
-    z = np.clip(z, -SURE_Z, SURE_Z)
-    below: Floats = 1.0 / (1.0 + np.exp(-(PHI_LINE + PHI_CUBE * z * z) * z))
-    return below
+    z = np.minimum(np.maximum(z, -SURE_Z), SURE_Z)
+    below = z * z
+    below *= -PHI_CUBE
+    below -= PHI_LINE
+    below *= z
+    np.exp(below, out=below)
+    below += 1.0
+    return np.divide(1.0, below, out=below)
 
 
 def guess(*, is_gpu: bool) -> tuple[float, float]:
@@ -77,31 +81,42 @@ def guess(*, is_gpu: bool) -> tuple[float, float]:
     return PREFILL_TOKENS_PER_S_GUESS, DECODE_TOKENS_PER_S_GUESS
 
 
-def times(f: Facts, *, prompt: float, warm: Floats | float, output_mean: float, prompt_mean: float, now_s: float) -> Times:
+def times(f: Facts, *, prompt: float, warm: Floats | float, output_mean: float, prompt_mean: float | None, now_s: float) -> Times:
     """What to expect of each offer if a prompt of so many tokens, `warm` of them known there, were sent now.
 
-    `prompt_mean` tokens have the prompts that come meanwhile: one that is read beside a short answer makes much of a difference.
+    `prompt_mean` tokens have the prompts that come meanwhile; None if nobody minds how long a token takes.
     """
-    queue = np.maximum(f.queue_until - now_s, f.queue_rest)
+    queue = f.queue_until - now_s
+    np.maximum(queue, f.queue_rest, out=queue)
     read = (prompt - warm) / f.rate
-    first = f.ahead_s + queue + read
-    variance = read * read * f.prefill_var + queue * queue * (f.prefill_var + QUEUE_VAR) + THEIRS_VAR * f.theirs_s * f.theirs_s
-    stall = (STALL * prompt_mean) / (f.rate * (output_mean * f.step + LEAST_SD_S))
+    first = f.ahead_s + queue
+    first += read
+    variance = read * read
+    variance *= f.prefill_var
+    behind = queue * queue
+    behind *= f.queue_var
+    variance += behind
+    variance += f.known_var
     wait = None
     is_full = f.held >= f.slots
-    if is_full.any():
+    if np.count_nonzero(is_full):
         life = output_mean * f.step / f.slots
         wait = np.where(is_full, np.maximum(f.slot_s - now_s, life * (f.held - f.slots + 1.0)), 0.0)
         first += wait
-    return Times(
-        first,
-        np.sqrt(variance + LEAST_SD_S**2),
-        read,
-        queue,
-        f.step,
-        np.minimum(SPREAD_MAX, np.sqrt(f.spread * f.spread + stall * stall)),
-        wait,
-    )
+    sd = None if prompt_mean is None else _spread(f, output_mean=output_mean, prompt_mean=prompt_mean)
+    return Times(first, np.sqrt(variance, out=variance), read, queue, f.step, sd, wait)
+
+
+def _spread(f: Facts, *, output_mean: float, prompt_mean: float) -> Floats:
+    """The standard deviation of the logarithm of a token's time: a prompt that is read beside a short answer makes much of a difference."""
+    found = f.step * output_mean
+    found += LEAST_SD_S
+    found *= f.rate
+    np.divide(STALL * prompt_mean, found, out=found)
+    found *= found
+    found += f.decode_var
+    np.sqrt(found, out=found)
+    return np.minimum(found, SPREAD_MAX, out=found)
 
 
 def derive(c: Columns, at: Any) -> None:
@@ -112,38 +127,53 @@ def derive(c: Columns, at: Any) -> None:
     held = writing + c.reading[at]
     shared = SHARE * prefill
     alone = np.where(writing > 0, shared, prefill)
+    theirs = c.others[at] * c.unread_each[at] / shared
+    rest = np.maximum(0.0, c.unread[at] - c.head[at]) / shared + theirs
     c.held[at] = held
     c.rate[at] = np.where(held > 0, shared, prefill)
     c.step[at] = (1.0 + c.slope[at] * (np.minimum(c.slots[at], held + 1.0) - 1.0)) / decode * c.writes[at]
-    c.spread[at] = np.sqrt(c.decode_var[at])
     c.ahead_s[at] = c.rtt_s[at] + c.load_s[at]
-    c.theirs_s[at] = c.others[at] * c.unread_each[at] / shared
-    c.queue_rest[at] = np.maximum(0.0, c.unread[at] - c.head[at]) / shared + c.theirs_s[at]
-    c.queue_until[at] = np.where(c.reading[at] > 0, c.head_s[at] + c.head[at] / alone + c.queue_rest[at], 0.0)
+    c.known_var[at] = THEIRS_VAR * theirs * theirs + LEAST_SD_S**2
+    c.queue_rest[at] = rest
+    c.queue_until[at] = np.where(c.reading[at] > 0, c.head_s[at] + c.head[at] / alone + rest, 0.0)
+    c.queue_var[at] = c.prefill_var[at] + QUEUE_VAR
     c.token_work[at] = (c.slope[at] + (1.0 - c.slope[at]) / c.slots[at]) / c.decode[at] * c.writes[at]
+    c.halt[at] = np.where(c.stop[at] != 0, c.stop[at], np.where(held >= c.room[at], CODE["busy"], 0))
 
 
-def as_cards_say(c: Columns) -> Columns:
-    """The same offers without what was learnt of them: for the few calls that find out whether a slow node has recovered."""
-    fresh = c._replace(**{name: getattr(c, name).copy() for name in (*DERIVED, *LEARNT)})
-    fresh.prefill_log[:] = fresh.decode_log[:] = 0.0
-    fresh.prefill_var[:] = np.minimum(fresh.prefill_var, PREFILL_VAR_MEASURED)
-    fresh.decode_var[:] = np.minimum(fresh.decode_var, DECODE_VAR_MEASURED)
-    derive(fresh, slice(None))
-    return fresh
+def as_cards_say(c: Columns) -> Facts:
+    """The same offers without what was learnt of them: for the few calls that find out whether a slow node has recovered.
+
+    `c` are rows of their own, which are written.
+    """
+    c.prefill_log[:] = c.decode_log[:] = 0.0
+    c.prefill_var[:] = np.minimum(c.prefill_var, PREFILL_VAR_MEASURED)
+    c.decode_var[:] = np.minimum(c.decode_var, DECODE_VAR_MEASURED)
+    derive(c, slice(None))
+    return Facts._make(c[:FACTS])
 
 
 def chance(t: Times, targets: Targets, length: Length, *, limit: float) -> Floats:
     """The chance of each offer to meet the targets, from 0 to 1. `limit` is the most tokens that the answer can have."""
-    chances = phi((targets.first_s - t.first_s) / t.first_sd_s) if targets.first_s < math.inf else np.ones(len(t.first_s))
-    if t.wait_s is not None and targets.first_s < math.inf:
-        # How long others' answers become is as good as exponential: few waits are much longer than expected, but those are.
-        spare = np.maximum(0.0, targets.first_s - (t.first_s - t.wait_s) - t.first_sd_s)
-        chances = np.where(t.wait_s > 0, 1.0 - np.exp(-spare / np.maximum(t.wait_s, 1e-9)), chances)
+    if targets.first_s < math.inf:
+        spare = targets.first_s - t.first_s
+        spare /= t.first_sd_s
+        chances = phi(spare)
+        if t.wait_s is not None:
+            # How long others' answers become is as good as exponential: few waits are much longer than expected, but those are.
+            spare = np.maximum(0.0, targets.first_s - (t.first_s - t.wait_s) - t.first_sd_s)
+            chances = np.where(t.wait_s > 0, 1.0 - np.exp(-spare / np.maximum(t.wait_s, 1e-9)), chances)
+    else:
+        chances = np.ones(len(t.first_s))
     if targets.per_token_s < math.inf:
-        chances = chances * phi(np.log(targets.per_token_s / np.maximum(t.step_s, 1e-9)) / t.spread)
+        assert t.spread is not None, "somebody minds"
+        faster = targets.per_token_s / np.maximum(t.step_s, 1e-9)
+        np.log(faster, out=faster)
+        faster /= t.spread
+        chances *= phi(faster)
     if targets.end_s < math.inf:
+        assert t.spread is not None, "somebody minds"
         room = (targets.end_s - t.first_s - 2.0 * t.first_sd_s) / np.maximum(1e-9, t.step_s * np.exp(t.spread))
         in_time: Flags = room >= limit
-        chances = chances * np.where(in_time, 1.0, length.below(room))
+        chances *= np.where(in_time, 1.0, length.below(room))
     return chances

@@ -3,7 +3,6 @@
 import math
 
 from fallow.core.match.columns import Facts, Floats
-from fallow.core.match.predict import Times
 
 MUNIT = 1_000_000
 PROMPT_MARGIN = 1.5
@@ -12,20 +11,26 @@ PROMPT_MARGIN = 1.5
 
 def expected(c: Facts, *, prompt: float, warm: Floats | float, output: float) -> Floats:
     """Micro-credits that the call will probably cost."""
-    return c.prompt_price * (prompt - warm) + c.cached_price * warm + c.output_price * output
+    cost = c.prompt_price * (prompt - warm)
+    if not isinstance(warm, float):
+        cost += c.cached_price * warm
+    cost += c.output_price * output
+    return cost
 
 
-def most(c: Facts, *, prompt: float, limit: Floats | float) -> Floats:
+def most(prompt_price: Floats, output_price: Floats, *, prompt: float, limit: Floats | float) -> Floats:
     """Micro-credits that the call can cost at most, if nothing is cached and the answer is as long as it can be."""
-    return c.prompt_price * (PROMPT_MARGIN * prompt) + c.output_price * limit
+    return prompt_price * (PROMPT_MARGIN * prompt) + output_price * limit
 
 
-def work_s(c: Facts, t: Times, *, output: float) -> Floats:
+def work_s(c: Facts, read_s: Floats, *, output: float) -> Floats:
     """Seconds of the whole machine that the call takes: what it reads alone, and its part of steps shared with others.
 
     A stream's part of a step with m streams is slope + (1 - slope) / m; m is taken as the slots, as on a busy machine.
     """
-    return t.read_s + output * c.token_work
+    work = c.token_work * output
+    work += read_s
+    return work
 
 
 def rounded(cost: float) -> int:

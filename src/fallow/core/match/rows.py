@@ -1,13 +1,14 @@
 """The offers of one model in order of their price: rows are put, changed, dropped, and sorted now and then."""
 
+import bisect
 import math
-from collections import Counter
+from collections.abc import Iterable
 
 import msgspec
 import numpy as np
 
 from fallow.core.match import learn, predict
-from fallow.core.match.columns import GONE, ROOM_FACTOR, Codes, Columns, Floats, make
+from fallow.core.match.columns import GONE, Codes, Columns, Floats, Table
 from fallow.model.ids import NodeId
 from fallow.model.offer import Load, Offer
 
@@ -23,6 +24,9 @@ PARTS = (512, *(8 * 512 * 4**more for more in range(12)))
 """The cheapest offers are looked at first; this is where the parts end."""
 UNREAD_EACH_TOKENS = 150.0
 """What is believed of another gateway's call until our own tell better."""
+NOBODY: Codes = np.zeros(0, np.intp)
+NEAR_FIRST = 16
+"""So many of a nearer ring are looked at along with the cheapest of all, the others only if none of these will do."""
 QUICK_ROWS = 64
 """Where speed matters more than cost, so many of the fastest are looked at first."""
 
@@ -47,10 +51,11 @@ class Rows:
         self.model = model
         self.nodes: list[NodeId] = []
         self.row_of: dict[NodeId, int] = {}
-        self.columns: Columns = make(ROWS_MIN)
+        self.table = Table(ROWS_MIN)
         self.ordered = 0
         self.gone = 0
-        self.orgs: Counter[int] = Counter()
+        self.orgs: dict[int, list[int]] = {}
+        """The rows of each organisation."""
         self.cheapest_prompt: Floats = np.zeros(0)
         self.quick: Codes = np.zeros(0, np.intp)
         self.expires_s = self.context = math.inf
@@ -59,6 +64,11 @@ class Rows:
     def __len__(self) -> int:
         return len(self.row_of)
 
+    @property
+    def columns(self) -> Columns:
+        """What is known of each row; new arrays when there are more rows than there was place for."""
+        return self.table.columns
+
     def put(self, node_id: NodeId, row: Row, *, now_s: float) -> None:
         """An offer is new, or something about it changed; what was learnt of it stays."""
         old = self.row_of.get(node_id)
@@ -66,18 +76,17 @@ class Rows:
             self._write(old, row)
             return
         at = len(self.nodes)
-        if at >= len(self.columns.org):
-            self.columns = self.columns.grown(ROOM_FACTOR * at)
+        if at >= len(self.table):
+            self.table.grow()
         self.nodes.append(node_id)
         self.row_of[node_id] = at
         if old is None:
             self._unlearn(at, row.offer)
         else:  # another price or owner is another place
-            for column in self.columns:
-                column[at] = column[old]
+            self.table.put(at, [column[old] for column in self.columns])
             self._leave_row(old)
         self._write(at, row)
-        self.orgs[row.org] += 1
+        self.orgs.setdefault(row.org, []).append(at)
         if len(self.nodes) - self.ordered > max(NEWCOMERS_MAX, self.ordered):
             self.order()
 
@@ -105,8 +114,7 @@ class Rows:
 
     def _unlearn(self, at: int, offer: Offer) -> None:
         c = self.columns
-        for column in c:
-            column[at] = 0
+        self.table.put(at, [0] * len(c))
         measured = offer.speed.prefill_tokens_per_s > 0
         c.prefill_var[at] = predict.PREFILL_VAR_MEASURED if measured else learn.VAR_GUESSED
         c.decode_var[at] = predict.DECODE_VAR_MEASURED if measured else learn.VAR_GUESSED
@@ -115,6 +123,20 @@ class Rows:
     def held(self, row: int) -> float:
         """Calls that the offer runs or keeps waiting, as far as is known."""
         return float(self.columns.held[row])
+
+    def of_orgs(self, orgs: Iterable[int]) -> list[int]:
+        """The rows of these organisations."""
+        return [row for org in orgs for row in self.orgs.get(org, ())]
+
+    def cheapest_of(self, orgs: Iterable[int], *, beyond: int) -> list[int]:
+        """The rows of these organisations before `beyond`, and some after it, ascending."""
+        found: list[int] = []
+        for org in orgs:
+            rows = self.orgs.get(org)
+            if rows is not None:
+                found += rows[: bisect.bisect_left(rows, beyond) + NEAR_FIRST] if len(rows) > NEAR_FIRST else rows
+        found.sort()
+        return found[: bisect.bisect_left(found, beyond) + NEAR_FIRST]
 
     def drop(self, node_id: NodeId) -> None:
         """The node doesn't offer the model any more."""
@@ -125,10 +147,10 @@ class Rows:
     def _leave_row(self, at: int) -> None:
         """Nobody's row any more, until the shelf is put in order."""
         org = int(self.columns.org[at])
-        self.orgs[org] -= 1
+        self.orgs[org].remove(at)
         if not self.orgs[org]:
             del self.orgs[org]
-        self.columns.stop[at] = GONE
+        self.columns.stop[at] = self.columns.halt[at] = GONE
         self.nodes[at] = NodeId("")
         self.gone += 1
 
@@ -140,8 +162,7 @@ class Rows:
         there = np.array(sorted(self.row_of.values(), key=self.nodes.__getitem__), np.intp)
         rows = there[np.lexsort((c.prompt_price[there], c.output_price[there]))]
         count = len(rows)
-        for column in c:
-            column[:count] = column[rows]
+        self.table.order(rows)
         self.nodes = [self.nodes[row] for row in rows]
         self.row_of = {node_id: row for row, node_id in enumerate(self.nodes)}
         self.ordered, self.gone = count, 0
@@ -149,6 +170,9 @@ class Rows:
         self.context = float(c.context[:count].min(initial=math.inf))
         floors = np.minimum.accumulate(np.minimum(c.prompt_price[:count], c.cached_price[:count])[::-1])[::-1]
         self.cheapest_prompt = floors
+        self.orgs = {}
+        for row, org in enumerate(c.org[:count].tolist()):
+            self.orgs.setdefault(org, []).append(row)
         self.quick = np.sort(np.argsort(-c.decode[:count], kind="stable")[:QUICK_ROWS])
 
 

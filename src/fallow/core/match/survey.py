@@ -1,20 +1,21 @@
 """A look at the offers of a shelf for one call: what stops each, when it would answer, how sure that is, what it costs."""
 
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fallow.core.match import pick, predict, price
 from fallow.core.match.columns import GONE, Codes, Facts, Flags, Floats
-from fallow.core.match.filter import CODE, LIMITS, MARKET, RINGS, Ask, Kind, codes, rings_of, sought_by
+from fallow.core.match.filter import CODE, LIMITS, MARKET, RINGS, Ask, Kind, codes, sought_by
 from fallow.core.match.lengths import Length
-from fallow.core.match.market import Market, warm_column
+from fallow.core.match.market import Market
 from fallow.core.match.predict import Targets, Times
 from fallow.core.match.price import MUNIT
 from fallow.core.match.rent import Wanted
-from fallow.core.match.rows import PARTS
+from fallow.core.match.rows import NOBODY, PARTS
 from fallow.core.match.shelf import Shelf
 from fallow.model.call import Call
 from fallow.model.ids import NodeId
@@ -37,18 +38,16 @@ class Moment(NamedTuple):
     at_s: float
 
 
-Pool = Iterator["Look"]
-
-
 class Question(NamedTuple):
     """What is asked of every offer of a shelf."""
 
     call: Call
     shelf: Shelf
-    outcomes: Codes
+    outcomes: NDArray[np.int8]
     kind_list: Sequence[Kind]
-    own: int
-    partners: frozenset[int]
+    near_orgs: tuple[tuple[int, ...], tuple[int, ...]]
+    near: Codes
+    near_rings: Codes
     prompt: float
     length: Length
     limit: float
@@ -61,30 +60,47 @@ class Question(NamedTuple):
 
 
 class Look(NamedTuple):
-    """Some rows of a shelf as the call sees them; `rows` are their places on the shelf."""
+    """Some rows of a shelf as the call sees them, ascending; `codes` and `rings` are of all of them (None: all in the market).
+
+    Nothing stops those at the places `some`; `facts` and all that follows are of these alone. Every ordered row before `end` has
+    been looked at.
+    """
 
     question: Question
-    facts: Facts
     rows: Codes
-    rings: Codes | None
     codes: Codes
+    rings: Codes | None
+    end: int
+    some: Codes
+    facts: Facts
     times: Times
     chances: Floats
     cost: Floats
-    cost_max: Floats
     score: Floats
     able: Flags
-    is_part: bool
-    """Whether it is a part of the whole shelf, rather than some rows of it."""
 
-    def ring(self, at: int) -> Ring:
-        return RINGS[MARKET if self.rings is None else int(self.rings[at])]
+    def row(self, at: int) -> int:
+        return int(self.rows[self.some[at]])
 
-    def kind(self, at: int) -> Kind:
-        return self.question.kind_list[int(self.facts.kind[at])]
+    def rings_at(self, at: Codes) -> list[Ring]:
+        if self.rings is None:
+            return [RINGS[MARKET]] * len(at)
+        return [RINGS[ring] for ring in self.rings[self.some[at]].tolist()]
 
     def node_id(self, at: int) -> NodeId:
-        return self.question.shelf.nodes[int(self.rows[at])]
+        return self.question.shelf.nodes[self.row(at)]
+
+    def stopped(self, code: int) -> Codes:
+        """The rows that a limit stopped."""
+        rows: Codes = self.rows[self.codes == code]
+        return rows
+
+    def able_in(self, ring: Ring) -> Flags | None:
+        """Which of the offers that nothing stops are able and in a ring; None if nothing that was looked at is in it."""
+        if self.rings is None:
+            return self.able if ring == "market" else None
+        there: Flags = self.able & (self.rings[self.some] == RINGS.index(ring))
+        return there
 
 
 def targets_of(call: Call, now: Moment) -> Targets:
@@ -99,17 +115,20 @@ def targets_of(call: Call, now: Moment) -> Targets:
 
 def question(call: Call, market: Market, shelf: Shelf, *, tried: Collection[NodeId], now: Moment, trusts_cards: bool = False) -> Question:
     """The call put as a question to the offers of a shelf."""
-    needs = call.needs
+    needs, own = call.needs, market.org(call.org_id)
     prompt = market.prompts.tokens(call)
     length = market.lengths.expected(call.key_id, shelf.model, limit=needs.output_tokens_max)
+    near_orgs = ((own,), tuple({market.org(org) for org in needs.partners} - {own}))
+    near = sorted((row, ring) for ring, orgs in enumerate(near_orgs) for row in shelf.cheapest_of(orgs, beyond=PARTS[0]))
     limit = math.inf if needs.output_tokens_max is None else float(needs.output_tokens_max)
     return Question(
         call=call,
         shelf=shelf,
-        outcomes=market.outcomes(sought_by(call)),
-        kind_list=market.kinds,
-        own=market.org(call.org_id),
-        partners=frozenset(market.org(org) for org in needs.partners),
+        outcomes=market.kinds.outcomes(sought_by(call)),
+        kind_list=market.kinds.list,
+        near_orgs=near_orgs,
+        near=np.array([row for row, _ in near], np.intp) if near else NOBODY,
+        near_rings=np.array([ring for _, ring in near], np.intp) if near else NOBODY,
         prompt=prompt,
         length=length,
         limit=limit,
@@ -134,110 +153,178 @@ def wanted(call: Call, market: Market, now: Moment) -> Wanted | None:
     return None
 
 
-def look(q: Question, f: Facts, rows: Codes, warm: Floats | float, *, is_part: bool) -> Look:
-    """Ask the question of these rows."""
-    needs, shelf = q.call.needs, q.shelf
-    output = q.length.mean_tokens
-    t = predict.times(f, prompt=q.prompt, warm=warm, output_mean=output, prompt_mean=shelf.prompt_mean, now_s=q.now_s)
+def cost_max(q: Question, rows: Codes | slice) -> Floats:
+    """The most that the call can cost on these rows."""
+    c = q.shelf.columns
+    limit = np.maximum(0.0, c.context[rows] - q.prompt) if q.limit == math.inf else q.limit
+    return price.most(c.prompt_price[rows], c.output_price[rows], prompt=q.prompt, limit=limit)
+
+
+def times(q: Question, f: Facts, warm: Floats | float = 0.0) -> Times:
+    """When the answer would come from these offers."""
+    minds = min(q.targets.per_token_s, q.targets.end_s) < math.inf
+    prompt_mean = q.shelf.prompt_mean if minds else None
+    return predict.times(f, prompt=q.prompt, warm=warm, output_mean=q.length.mean_tokens, prompt_mean=prompt_mean, now_s=q.now_s)
+
+
+def _look(q: Question, rows: Codes, where: Codes | slice, rings: Codes | None, *, end: int) -> Look:
+    """Ask the question of these rows; `where` are the same rows."""
+    return weigh(q, rows, _codes(q, rows, where, rings), rings, end=end)
+
+
+def weigh(q: Question, rows: Codes, found: Codes, rings: Codes | None, *, end: int) -> Look:
+    """Predict and price those of the rows that nothing stops, by the codes that were `found`."""
+    needs, shelf, output = q.call.needs, q.shelf, q.length.mean_tokens
+    some = np.equal(found, 0).nonzero()[0]
+    picked = rows[some]
+    f = predict.as_cards_say(shelf.table.rows(picked)) if q.trusts_cards else shelf.table.facts(picked)
+    warm = _warm(q, picked)
+    t = times(q, f, warm)
     chances = predict.chance(t, q.targets, q.length, limit=q.limit)
     cost = price.expected(f, prompt=q.prompt, warm=warm, output=output)
-    limit = np.maximum(0.0, f.context - q.prompt) if q.limit == math.inf else q.limit
-    cost_max = price.most(f, prompt=q.prompt, limit=limit)
-    if q.own in shelf.orgs or any(partner in shelf.orgs for partner in q.partners):
-        rings = rings_of(f, own=q.own, partners=q.partners)
-        outcomes = q.outcomes[rings, f.kind]
+    able = chances >= pick.CHANCE_MIN
+    if needs.service_tier == "flex":
+        able &= (t.queue_s < FLEX_QUEUE_S) & (f.held < f.slots)
+    if needs.strict:
+        found[some[~able]] = CODE["too_slow"]
+    if needs.prefer == "fast":
+        score = t.first_s + output * t.step_s
     else:
-        rings = None
-        outcomes = q.outcomes[MARKET][f.kind]
+        score = price.work_s(f, t.read_s, output=output)
+        score *= f.rent
+        score += cost
+        score += (1.0 - chances) * q.miss
+    return Look(q, rows, found, rings, end, some, f, t, chances, cost, score, able)
+
+
+def _codes(q: Question, rows: Codes, where: Codes | slice, rings: Codes | None) -> Codes:
+    needs, shelf = q.call.needs, q.shelf
+    kinds = shelf.columns.kind[where]
     tokens = PROMPT_SURE * q.prompt
     ask = Ask(
         tokens=tokens if tokens > shelf.context else None,
         output_price_max=None if needs.price_max_micro_per_munit is None else needs.price_max_micro_per_munit / MUNIT,
         cost_max=None if needs.cost_max_micro is None else float(needs.cost_max_micro),
-        tried=[int(at) for row in q.tried for at in np.flatnonzero(rows == row)] if q.tried else (),
+        tried=_places(rows, q.tried)[0] if q.tried else None,
         expired_s=q.now_s if q.now_s >= shelf.expires_s else None,
+        has_gone=shelf.gone > 0,
     )
-    found = codes(f, outcomes, cost_max, ask)
-    possible = found == 0
-    able = possible & (chances >= pick.CHANCE_MIN)
-    if needs.service_tier == "flex":
-        able &= (t.queue_s < FLEX_QUEUE_S) & (f.held < f.slots)
-    if needs.strict:
-        found[possible & ~able] = CODE["too_slow"]
-    if needs.prefer == "fast":
-        score = t.first_s + output * t.step_s
-    else:
-        score = cost + (1.0 - chances) * q.miss + f.rent * price.work_s(f, t, output=output)
-    return Look(q, f, rows, rings, found, t, chances, cost, cost_max, score, able, is_part)
+    outcomes = q.outcomes[MARKET].take(kinds)
+    if rings is not None:
+        nearer = (rings != MARKET).nonzero()[0]
+        outcomes[nearer] = q.outcomes[rings[nearer], kinds[nearer]]
+    return codes(shelf.columns, where, outcomes, cost_max(q, where) if ask.cost_max is not None else None, ask)
 
 
-def pool(q: Question, ring: Ring) -> Iterator[Look]:
-    """The offers of a ring, the cheapest first: the next part is looked at only when it is asked for."""
-    shelf, columns = q.shelf, q.shelf.columns
-    if ring not in q.call.needs.rings:
-        return
-    if ring == "market":
-        yield from _parts(q)
-        return
-    orgs = [org for org in ((q.own,) if ring == "own" else q.partners - {q.own}) if org in shelf.orgs]
-    if orgs:
-        count = len(shelf.nodes)
-        mine = np.isin(columns.org[:count], orgs) if len(orgs) > 1 else columns.org[:count] == orgs[0]
-        yield _picked(q, np.flatnonzero(mine & (columns.stop[:count] != GONE)))
+def _places(rows: Codes, wanted: Collection[int]) -> tuple[Codes, list[int]]:
+    """Where these rows stand among others, which ascend; and which of them those are."""
+    found = [(at, row) for row, at in zip(wanted, np.searchsorted(rows, list(wanted)).tolist(), strict=True)]
+    there = [(at, row) for at, row in found if at < len(rows) and rows[at] == row]
+    return np.array([at for at, _ in there], np.intp), [row for _, row in there]
 
 
-def _picked(q: Question, rows: Codes) -> Look:
-    warm: Floats | float = np.array([q.warm.get(int(row), 0.0) for row in rows]) if q.warm else 0.0
-    columns = q.shelf.columns
-    facts = predict.as_cards_say(columns.rows(rows)).facts(0, len(rows)) if q.trusts_cards else columns.facts_of(rows)
-    return look(q, facts, rows, warm, is_part=False)
+def _warm(q: Question, rows: Codes) -> Floats | float:
+    """The warm tokens of each of these rows."""
+    if not q.warm:
+        return 0.0
+    places, there = _places(rows, q.warm)
+    if not there:
+        return 0.0
+    warm = np.zeros(len(rows))
+    warm[places] = [q.warm[row] for row in there]
+    return warm
 
 
-def _parts(q: Question) -> Iterator[Look]:
-    """Newcomers, then the rows in their order; see `floor` for when the rest can't be better."""
-    shelf = q.shelf
-    count, ordered = len(shelf.nodes), shelf.ordered
-    if q.call.needs.prefer == "fast" and len(shelf.quick) and ordered > PARTS[0]:
-        yield _picked(q, shelf.quick)
-    begin, size = (ordered, count - ordered) if count > ordered else (0, 0)
-    if size:
-        yield _part(q, begin, count)
-    begin = 0
-    for end in PARTS:
-        if begin >= ordered:
-            return
-        yield _part(q, begin, min(end, ordered))
-        begin = end
+def first(q: Question) -> Look:
+    """The first look: the cheapest offers and the newest, the quickest where that matters, and the cheapest of the nearer rings."""
+    shelf, count = q.shelf, len(q.shelf.nodes)
+    if "market" not in q.call.needs.rings:
+        return _look(q, q.near, q.near, q.near_rings, end=0)
+    if shelf.ordered <= PARTS[0]:
+        rows = np.arange(count)
+        return _look(q, rows, slice(0, count), _rings(q, rows), end=count)
+    end = PARTS[0]
+    apart = q.near[q.near.searchsorted(end) : q.near.searchsorted(shelf.ordered)]
+    if q.call.needs.prefer == "fast":
+        apart = np.union1d(apart, _market_rows(q, shelf.quick[shelf.quick.searchsorted(end) :]))
+    if not len(apart) and count == shelf.ordered:
+        rows = np.arange(end)
+        return _look(q, rows, slice(0, end), _rings(q, rows), end=end)
+    rows = np.concatenate([np.arange(end), apart, np.arange(shelf.ordered, count)])
+    return _look(q, rows, rows, _rings(q, rows), end=end)
 
 
-def _part(q: Question, begin: int, end: int) -> Look:
-    columns = q.shelf.columns
-    facts = predict.as_cards_say(columns.part(begin, end)).facts(0, end - begin) if q.trusts_cards else columns.facts(begin, end)
-    return look(q, facts, np.arange(begin, end), warm_column(q.warm, begin, end), is_part=True)
+def _rings(q: Question, rows: Codes) -> Codes | None:
+    """The ring of each of these rows, which ascend and have all of the nearer rings; None if all are in the market."""
+    if not len(q.near):
+        return None
+    rings = np.full(len(rows), MARKET, np.intp)
+    rings[rows.searchsorted(q.near)] = q.near_rings
+    return rings
+
+
+def rest_of(q: Question, ring: Ring) -> Look | None:
+    """The offers of a nearer ring that the first look left out; None if there are none."""
+    rows = np.setdiff1d(np.array(q.shelf.of_orgs(q.near_orgs[RINGS.index(ring)]), np.intp), q.near)
+    return _look(q, rows, rows, np.full(len(rows), RINGS.index(ring)), end=0) if len(rows) else None
+
+
+def further(look: Look) -> Look | None:
+    """The next offers by their price, none of a nearer ring; None if there are no more."""
+    q, begin = look.question, look.end
+    if begin >= q.shelf.ordered or "market" not in q.call.needs.rings:
+        return None
+    end = min(next(part for part in PARTS if part > begin), q.shelf.ordered)
+    rows = _market_rows(q, np.arange(begin, end))
+    if q.call.needs.prefer == "fast":
+        rows = np.setdiff1d(rows, q.shelf.quick, assume_unique=True)
+    return _look(q, rows, slice(begin, end) if len(rows) == end - begin else rows, None, end=end)
+
+
+def _market_rows(q: Question, rows: Codes) -> Codes:
+    """Those of the rows that aren't in a nearer ring."""
+    near = [org for orgs in q.near_orgs for org in orgs if org in q.shelf.orgs]
+    return rows[~np.isin(q.shelf.columns.org[rows], near)] if near else rows
 
 
 def floor(look: Look) -> float:
-    """The least that a call can cost beyond the rows that were just looked at; infinite if these were the last."""
-    q = look.question
-    shelf, begin, end = q.shelf, int(look.rows[0]), int(look.rows[-1]) + 1
-    if q.call.needs.prefer == "fast":
-        return math.inf if look.able.any() and len(look.rows) == len(shelf.quick) else 0.0
-    if begin >= shelf.ordered or end - begin != len(look.rows):  # newcomers, or rows of a ring: they come before the rest
-        return 0.0
+    """The least that a call can cost beyond the rows that were looked at; infinite if these were all, or what is able will do."""
+    q, shelf, end = look.question, look.question.shelf, look.end
     if end >= shelf.ordered:
         return math.inf
+    if q.call.needs.prefer == "fast":
+        return math.inf if look.able.any() else 0.0
     return float(shelf.cheapest_prompt[end] * q.prompt + shelf.columns.output_price[end] * q.length.mean_tokens)
 
 
-def when_quiet(look: Look) -> Floats:
-    """What each offer would cost if it had nothing else to do; infinite for those that could not take the call then either."""
-    work = price.work_s(look.facts, look.times, output=look.question.length.mean_tokens)
-    return np.where(may_come(look), look.cost + look.facts.rent * work, math.inf)
+def quiet_cost(look: Look, ring: Ring) -> float:
+    """The least that the call would cost if nothing else was to be done; infinite if it could not be taken then either."""
+    q = look.question
+    may = may_come(look, ring)
+    if not len(may):
+        return math.inf
+    return float(_quiet(q, may).min())
 
 
-def may_come(look: Look) -> Flags:
-    """Which offers can take the call, now or when something has passed by itself."""
-    return PASSING[look.codes]
+def quiet_cost_at(look: Look, at: int) -> float:
+    """What one offer would cost if it had nothing else to do."""
+    return float(_quiet(look.question, np.array([look.row(at)]))[0])
+
+
+def _quiet(q: Question, rows: Codes) -> Floats:
+    f, warm, output = q.shelf.table.facts(rows), _warm(q, rows), q.length.mean_tokens
+    read_s = (q.prompt - warm) / f.rate
+    return price.expected(f, prompt=q.prompt, warm=warm, output=output) + f.rent * price.work_s(f, read_s, output=output)
+
+
+def may_come(look: Look, ring: Ring) -> Codes:
+    """The rows that can take the call, now or when something has passed by itself. The market has all that there are."""
+    passing = PASSING[look.codes]
+    if ring != "market":
+        if look.rings is None:
+            return NOBODY
+        passing &= look.rings == RINGS.index(ring)
+    return look.rows[passing]
 
 
 def lateness(look: Look) -> Floats:
@@ -250,4 +337,8 @@ def lateness(look: Look) -> Floats:
 
 def everything(q: Question) -> Look:
     """All offers of the shelf at once, whatever ring they are in."""
-    return _picked(q, np.flatnonzero(q.shelf.columns.stop[: len(q.shelf.nodes)] != GONE))
+    rows = np.flatnonzero(q.shelf.columns.stop[: len(q.shelf.nodes)] != GONE)
+    rings = np.full(len(rows), MARKET, np.intp)
+    for ring, orgs in enumerate(q.near_orgs):
+        rings[np.isin(q.shelf.columns.org[rows], orgs)] = ring
+    return _look(q, rows, rows, rings, end=len(q.shelf.nodes))
