@@ -1,9 +1,14 @@
-"""Stands at the end of the chain in place of a real engine and answers at next to no cost, so that what is measured is the chain."""
+"""Stands at the end of the chain in place of a real engine and answers at next to no cost, so that what is measured is the chain.
+
+Metadata sets how an answer comes: `chunks` numbered pieces, or `words` that are a function of the prompt, one each `interval_ms`
+after `delay_ms`. A last message of the assistant is gone on with, as llama.cpp does.
+"""
 
 import argparse
 import asyncio
 import functools
 import gc
+import hashlib
 import signal
 from pathlib import Path
 from typing import cast
@@ -20,6 +25,9 @@ WAIT_MS_MAX = 600_000
 BACKLOG = 1024
 CREATED_S = 1_700_000_000
 PROMPT_TOKENS = 8
+OWNER = "llamacpp"
+"""Nodes know by this that the server goes on with the assistant's words."""
+WORD_DIGEST_BYTES = 4
 
 HEAD = b"HTTP/1.1 %s\r\ncontent-type: %s\r\n%s\r\n\r\n"
 STREAM_HEAD = HEAD % (b"200 OK", b"text/event-stream; charset=utf-8", b"cache-control: no-cache\r\ntransfer-encoding: chunked")
@@ -32,27 +40,78 @@ class StreamOptions(msgspec.Struct, frozen=True, kw_only=True):
     include_usage: bool = False
 
 
+class Message(msgspec.Struct, frozen=True, kw_only=True):
+    """One turn of the conversation."""
+
+    role: str = ""
+    content: object = None
+
+
 class ChatCall(msgspec.Struct, frozen=True, kw_only=True):
     """What the stub reads of a chat call; every other field is checked to be JSON and skipped."""
 
     model: str
+    messages: tuple[Message, ...] = ()
     stream: bool = False
     stream_options: StreamOptions | None = None
+    max_tokens: int | None = None
     metadata: dict[str, str] | None = None
 
 
 class Pace(msgspec.Struct, frozen=True, kw_only=True):
-    """How one answer is spread over time, as the caller's metadata asked."""
+    """How one answer is spread over time, as the caller's metadata asked; `is_told` is set if its words depend on the prompt."""
 
     chunks: int
     interval_ms: int
     delay_ms: int
+    is_told: bool = False
+
+
+class Plan(msgspec.Struct, frozen=True, kw_only=True):
+    """What one answer consists of: the pieces from `begun` to `end` of the prompt's words, or of the numbers if `prompt` is None."""
+
+    prompt: str | None = None
+    begun: int = 0
+    end: int
+    reason: str = "stop"
+
+    def text(self) -> str:
+        return "".join(map(self.piece, range(self.begun, self.end)))
+
+    def piece(self, number: int) -> str:
+        return f"c{number} " if self.prompt is None else word(self.prompt, number)
+
+
+def word(prompt: str, number: int) -> str:
+    """The piece of this number of what the stub answers to a prompt, with the space after it."""
+    key = hashlib.blake2b(prompt.encode(), digest_size=16).digest()
+    return hashlib.blake2b(number.to_bytes(4, "big"), key=key, digest_size=WORD_DIGEST_BYTES).hexdigest() + " "
+
+
+def right_answer(prompt: str, words: int) -> str:
+    """The whole answer of so many words."""
+    return "".join(word(prompt, number) for number in range(words))
+
+
+def plan_of(call: ChatCall, pace: Pace) -> Plan | None:
+    """What is left to be said, or None if the assistant's last message isn't a beginning of our answer."""
+    last = call.messages[-1] if call.messages else Message()
+    if last.role != "assistant" and call.max_tokens is None and not pace.is_told:
+        return Plan(end=pace.chunks)
+    asked = next((str(message.content) for message in reversed(call.messages) if message.role == "user"), "")
+    said = str(last.content) if last.role == "assistant" else ""
+    begun = min(len(said.split()), pace.chunks)
+    prompt = asked if pace.is_told else None
+    if Plan(prompt=prompt, end=begun).text() != said:
+        return None
+    end = pace.chunks if call.max_tokens is None else min(pace.chunks, begun + call.max_tokens)
+    return Plan(prompt=prompt, begun=begun, end=end, reason="stop" if end == pace.chunks else "length")
 
 
 def pace_of(metadata: dict[str, str]) -> Pace | None:
     """Read the pace out of the metadata, or None if a number in it is missing or past its limit."""
     wanted = (
-        metadata.get("chunks", str(CHUNKS_DEFAULT)),
+        metadata.get("words", metadata.get("chunks", str(CHUNKS_DEFAULT))),
         metadata.get("interval_ms", "0"),
         metadata.get("delay_ms", "0"),
     )
@@ -61,7 +120,7 @@ def pace_of(metadata: dict[str, str]) -> Pace | None:
     chunks, interval_ms, delay_ms = map(int, wanted)
     if not 0 < chunks <= CHUNKS_MAX or interval_ms > WAIT_MS_MAX or delay_ms > WAIT_MS_MAX:
         return None
-    return Pace(chunks=chunks, interval_ms=interval_ms, delay_ms=delay_ms)
+    return Pace(chunks=chunks, interval_ms=interval_ms, delay_ms=delay_ms, is_told="words" in metadata)
 
 
 def whole(status: bytes, value: object) -> bytes:
@@ -75,8 +134,10 @@ def refusal(status: bytes, code: str, message: str) -> bytes:
     return whole(status, {"error": {"message": message, "type": "invalid_request_error", "param": None, "code": code}})
 
 
-def usage_of(chunks: int) -> dict[str, int]:
-    return {"prompt_tokens": PROMPT_TOKENS, "completion_tokens": chunks, "total_tokens": PROMPT_TOKENS + chunks}
+def usage_of(chunks: int, begun: int = 0) -> dict[str, int]:
+    """What is gone on with is read as a part of the prompt."""
+    prompt = PROMPT_TOKENS + begun
+    return {"prompt_tokens": prompt, "completion_tokens": chunks, "total_tokens": prompt + chunks}
 
 
 def event(data: bytes) -> bytes:
@@ -104,12 +165,29 @@ def content_event(number: int) -> bytes:
     return chunk_event([{"index": 0, "delta": delta, "finish_reason": None}])
 
 
+def told_event(plan: Plan, number: int) -> bytes:
+    """Frame the next word of a prompt's answer; the role comes before the first one, as llama.cpp has it."""
+    piece = chunk_event([{"index": 0, "delta": {"content": plan.piece(number)}, "finish_reason": None}])
+    return OPENING + piece if number == plan.begun else piece
+
+
+def piece_event(plan: Plan, number: int) -> bytes:
+    return content_event(number) if plan.prompt is None else told_event(plan, number)
+
+
+OPENING = chunk_event([{"index": 0, "delta": {"role": "assistant", "content": None}, "finish_reason": None}])
+
+
 @functools.lru_cache(maxsize=64)
-def closing_events(chunks: int, include_usage: bool) -> bytes:
+def closing_events(chunks: int, include_usage: bool, begun: int = 0, reason: str = "stop") -> bytes:
     """Frame all that follows the last content delta."""
-    stop = chunk_event([{"index": 0, "delta": {}, "finish_reason": "stop"}])
-    usage = chunk_event([], usage_of(chunks)) if include_usage else b""
+    stop = chunk_event([{"index": 0, "delta": {}, "finish_reason": reason}])
+    usage = chunk_event([], usage_of(chunks, begun)) if include_usage else b""
     return stop + usage + event(b"[DONE]") + STREAM_FOOT
+
+
+def ending(plan: Plan, include_usage: bool) -> bytes:
+    return closing_events(plan.end - plan.begun, include_usage, plan.begun, plan.reason)
 
 
 @functools.lru_cache(maxsize=64)
@@ -118,24 +196,30 @@ def burst(chunks: int, include_usage: bool) -> bytes:
     return STREAM_HEAD + b"".join(map(content_event, range(chunks))) + closing_events(chunks, include_usage)
 
 
-COMPLETION = whole(
-    b"200 OK",
-    {
-        "id": "chatcmpl-stub",
-        "object": "chat.completion",
-        "created": CREATED_S,
-        "model": MODEL,
-        "choices": [{"index": 0, "message": {"role": "assistant", "content": "The stub answers."}, "finish_reason": "stop"}],
-        "usage": usage_of(4),
-    },
-)
+def completion(text: str, usage: dict[str, int], reason: str = "stop") -> bytes:
+    """Lay out an answer in one piece."""
+    return whole(
+        b"200 OK",
+        {
+            "id": "chatcmpl-stub",
+            "object": "chat.completion",
+            "created": CREATED_S,
+            "model": MODEL,
+            "choices": [{"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": reason}],
+            "usage": usage,
+        },
+    )
+
+
+COMPLETION = completion("The stub answers.", usage_of(4))
 GET_ANSWERS = {
     b"/v1/models": whole(
         b"200 OK",
-        {"object": "list", "data": [{"id": MODEL, "object": "model", "created": CREATED_S, "owned_by": "bench"}]},
+        {"object": "list", "data": [{"id": MODEL, "object": "model", "created": CREATED_S, "owned_by": OWNER}]},
     ),
     b"/health": whole(b"200 OK", {"status": "ok"}),
 }
+NOT_OURS = refusal(b"400 Bad Request", "not_our_words", "the assistant's last message is no beginning of the stub's answer")
 NO_SUCH_PATH = refusal(b"404 Not Found", "not_found", "no such path")
 BAD_BODY = refusal(b"400 Bad Request", "bad_body", "the body is no chat call")
 BAD_PACE = refusal(b"400 Bad Request", "bad_metadata", "chunks, interval_ms or delay_ms is no number within its limit")
@@ -206,36 +290,43 @@ class StubConnection(asyncio.Protocol):
             self.send(BAD_BODY)
             return
         pace = pace_of(call.metadata) if call.metadata else UNPACED
+        plan = plan_of(call, pace) if pace is not None else None
         if pace is None:
             self.send(BAD_PACE)
-        elif pace.delay_ms == 0:
-            self.begin(call, pace)
+        elif plan is None:
+            self.send(NOT_OURS)
         else:
-            self.timer = self.loop.call_later(pace.delay_ms / 1000, self.begin, call, pace)
+            told_ms = pace.interval_ms * (plan.end - plan.begun) if pace.is_told and not call.stream else 0
+            if pace.delay_ms + told_ms == 0:
+                self.begin(call, pace, plan)
+            else:
+                self.timer = self.loop.call_later((pace.delay_ms + told_ms) / 1000, self.begin, call, pace, plan)
 
-    def begin(self, call: ChatCall, pace: Pace) -> None:
+    def begin(self, call: ChatCall, pace: Pace, plan: Plan) -> None:
         """Send all of the answer that is due at once."""
         self.timer = None
         include_usage = call.stream_options is not None and call.stream_options.include_usage
         if not call.stream:
-            self.send(COMPLETION)
-        elif pace.interval_ms == 0:
-            self.send(burst(pace.chunks, include_usage))
+            is_plain = plan.prompt is None and not plan.begun
+            self.send(COMPLETION if is_plain else completion(plan.text(), usage_of(plan.end - plan.begun, plan.begun), plan.reason))
+        elif plan.begun == plan.end:
+            self.send(STREAM_HEAD + ending(plan, include_usage))
+        elif pace.interval_ms == 0 and plan.prompt is None and not plan.begun and plan.reason == "stop":
+            self.send(burst(plan.end, include_usage))
         else:
-            self.send_from(0, pace, include_usage, self.loop.time())
+            self.transport.write(STREAM_HEAD)
+            self.send_from(plan.begun, pace, plan, include_usage, self.loop.time())
 
-    def send_from(self, number: int, pace: Pace, include_usage: bool, started_s: float) -> None:
+    def send_from(self, number: int, pace: Pace, plan: Plan, include_usage: bool, started_s: float) -> None:
         """Send one content delta and set the timer for the next; each is timed from the start, so that lateness does not add up."""
-        piece = content_event(number)
-        if number == 0:
-            piece = STREAM_HEAD + piece
-        if number + 1 == pace.chunks:
+        piece = piece_event(plan, number)
+        if number + 1 == plan.end:
             self.timer = None
-            self.send(piece + closing_events(pace.chunks, include_usage))
+            self.send(piece + ending(plan, include_usage))
             return
         self.transport.write(piece)
-        due_s = started_s + (number + 1) * pace.interval_ms / 1000
-        self.timer = self.loop.call_at(due_s, self.send_from, number + 1, pace, include_usage, started_s)
+        due_s = started_s + (number + 1 - plan.begun) * pace.interval_ms / 1000
+        self.timer = self.loop.call_at(due_s, self.send_from, number + 1, pace, plan, include_usage, started_s)
 
     def send(self, last_piece: bytes) -> None:
         """Send what ends the answer, and close if the caller keeps no connection."""

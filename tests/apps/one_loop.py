@@ -14,7 +14,7 @@ from fallow.apps.gateway.main import Gateway
 from fallow.apps.hub.main import KeyDesk
 from fallow.apps.node.attached import PATHS
 from fallow.apps.node.node import Node
-from fallow.apps.node.served import EVENTS, JSON, Piece, load_of
+from fallow.apps.node.served import EVENTS, JSON, NO_PAST, Past, Piece, load_of
 from fallow.core.slots import Asker
 from fallow.model import messages as m
 from fallow.model.card import Card, Hardware
@@ -185,7 +185,7 @@ class FakeServed:
         return self.not_ready
 
     @contextlib.asynccontextmanager
-    async def ask(self, path: str, body: bytes, asker: Asker) -> AsyncIterator[FakeAnswer]:
+    async def ask(self, path: str, body: bytes, asker: Asker, past: Past = NO_PAST) -> AsyncIterator[FakeAnswer]:
         self.bodies.append(body)
         self.askers.append(asker)
         self.inside += 1

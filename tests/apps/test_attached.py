@@ -252,7 +252,7 @@ async def test_a_server_that_cannot_be_lent(shop: Shop, tmp_path: Path, status: 
 async def test_a_model_that_is_listed_twice_is_lent_once(shop: Shop) -> None:
     shop.models = ["b", "a", "b"]
     engine = HttpEngine(f"127.0.0.1:{shop.port}")
-    assert await find_models(engine) == ["b", "a"]
+    assert list(await find_models(engine)) == ["b", "a"]
     engine.close()
 
 

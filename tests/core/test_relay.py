@@ -10,6 +10,7 @@ from msgspec.structs import replace
 
 from fallow.core import relay
 from fallow.core.relay import (
+    Ask,
     Broken,
     BusLost,
     CallerLeft,
@@ -34,7 +35,7 @@ PROMISE = settings(derandomize=True, deadline=None, max_examples=60)
 HEAD = Head(status=200, content_type="text/event-stream", engine_us=5)
 USAGE = Usage(prompt_tokens=3, output_tokens=4)
 REFUSED = Failure(code="busy", message="full")
-HEARD, NOW = 1_000, 1_900
+HEARD, NOW = 1_500, 1_900
 """The node was last heard at HEARD; at NOW no timer has run out."""
 
 STATES: dict[Phase, Relay] = {
@@ -150,8 +151,28 @@ def test_what_is_delivered_and_said_at_the_end() -> None:
 def test_timers(phase: Phase, next_index: int, silent_ms: int, first_by_in_ms: int, code: str | None) -> None:
     state = Relay(phase=phase, heard_at_ms=NOW - silent_ms, first_by_ms=NOW + first_by_in_ms, next_index=next_index)
     after, effects = step(state, Tick(), now_ms=NOW)
-    assert named(effects) == (f"Stop Fail:{code}" if code else "")
+    assert named(tuple(effect for effect in effects if not isinstance(effect, Ask))) == (f"Stop Fail:{code}" if code else "")
     assert after.phase == ("done" if code else phase)
+
+
+@pytest.mark.parametrize(
+    ("phase", "silent_ms", "asked_ms", "asks"),
+    [
+        ("asked", relay.ACCEPT_MS, None, False),  # the request itself finds out
+        ("accepted", relay.PING_EARLY_MS, None, False),
+        ("accepted", relay.PING_EARLY_MS + 1, None, True),
+        ("answering", relay.PING_MS, None, False),
+        ("answering", relay.PING_MS + 1, None, True),
+        ("answering", 2 * relay.PING_MS, relay.PING_MS, False),  # it was asked a moment ago
+        ("answering", 3 * relay.PING_MS, relay.PING_MS + 1, True),
+    ],
+)
+def test_a_pause_is_asked_about(phase: Phase, silent_ms: int, asked_ms: int | None, asks: bool) -> None:
+    pinged = 0 if asked_ms is None else NOW - asked_ms
+    state = Relay(phase=phase, heard_at_ms=NOW - silent_ms, first_by_ms=10**9, next_index=1, pinged_at_ms=pinged)
+    after, effects = step(state, Tick(), now_ms=NOW)
+    assert effects == ((Ask(),) if asks else ())
+    assert after.pinged_at_ms == (NOW if asks else pinged)
 
 
 @pytest.mark.parametrize(
@@ -267,7 +288,7 @@ def test_a_node_that_speaks_is_not_called_silent(pauses: list[int]) -> None:
     spoken = [(0, Accepted()), (0, part(0)), *(event for pause in pauses for event in ((pause, Tick()), (0, Alive())))]
     state, told = tell(spoken)
     assert state.phase == "answering"
-    assert [named(effects) for _, _, effects in told if effects] == ["Deliver"]
+    assert [named(effects) for _, _, effects in told if effects and effects != (Ask(),)] == ["Deliver"]
 
 
 def test_a_held_answer_may_take_longer_than_a_first_token() -> None:

@@ -22,6 +22,8 @@ PASSING = (
     "model_not_here",
     "yielding",
     "lender_refuses",
+    "attempt_lost",
+    "cannot_continue",
     "engine_failed",
     "engine_stalled",
 )
@@ -54,6 +56,22 @@ def failures(*codes: str) -> tuple[Failure, ...]:
 )
 def test_try_elsewhere(codes: str, started: bool, again: bool) -> None:
     assert try_elsewhere(failures(*codes.split()), started=started) is again
+
+
+@pytest.mark.parametrize(
+    ("codes", "again"),
+    [
+        *((code, True) for code in PASSING),
+        *((code, False) for code in CALLERS_OWN),
+        ("yielding yielding yielding node_silent", True),
+        ("yielding yielding yielding yielding node_silent", False),
+        ("engine_failed engine_failed", False),
+        ("broker_lost", False),
+    ],
+)
+def test_go_on_elsewhere(codes: str, again: bool) -> None:
+    assert try_elsewhere(failures(*codes.split()), started=True, can_continue=True) is again
+    assert not try_elsewhere(failures(*codes.split()), started=True)
 
 
 def test_the_table_above_knows_every_code() -> None:

@@ -14,6 +14,7 @@ from fallow.core.match.market import Market
 from fallow.core.match.pick import EXPLORE, draw
 from fallow.core.match.price import PROMPT_MARGIN
 from fallow.core.match.survey import Look, Moment
+from fallow.core.standing import Failed
 from fallow.model.call import Call
 from fallow.model.card import Card, Hardware
 from fallow.model.ids import CallId, GatewayId, KeyId, NodeId, OrgId
@@ -36,7 +37,10 @@ PLAIN = Needs(model="tiny", prompt_tokens=100, output_tokens_max=50, rings=ALL_R
 
 
 class Lent(msgspec.Struct, frozen=True, kw_only=True):
-    """A node with one offer. Prices are micro-credits per million tokens; `others` are calls of other gateways that it runs."""
+    """A node with one offer. Prices are micro-credits per million tokens; `others` are calls of other gateways that it runs.
+
+    `fails`: an attempt there failed as it was put, which is why it is left alone for a while.
+    """
 
     node: str = "node-a"
     org: str = "stranger"
@@ -66,6 +70,7 @@ class Lent(msgspec.Struct, frozen=True, kw_only=True):
     expires_s: float = FOREVER_S
     rtt_s: float = 0.0
     others: int = 0
+    fails: bool = False
 
 
 def card_of(lent: Lent) -> Card:
@@ -121,6 +126,8 @@ def put(market: Market, lent: Lent, *, at_s: float = AT_S) -> None:
     market.put(card_of(lent), offer_of(lent), load_of(lent), lent.state, expires_s=lent.expires_s, now_s=at_s, rtt_s=lent.rtt_s)
     if lent.others:
         market.heard(NodeId(lent.node), lent.model, running=lent.others, now_s=at_s)
+    if lent.fails:
+        market.told(NodeId(lent.node), Failed(code="engine_failed"), now_s=at_s)
 
 
 def market_of(lents: Iterable[Lent], *, refreshed: bool = False) -> Market:
@@ -266,6 +273,7 @@ def may(call: Call, lent: Lent, *, held: int = 0, tried: Collection[str] = (), n
             lent.node not in tried,
             lent.state in ("run", "throttle"),
             lent.readiness != "failed",
+            not lent.fails,
             held + lent.others < lent.slots + lent.waiting_max,
         )
     )

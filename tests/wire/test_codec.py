@@ -32,7 +32,7 @@ KINDS: list[type[m.Message]] = m.Message.__subclasses__()
 READERS: dict[str, tuple[Reader[Any], set[type[m.Message]]]] = {
     "request": (codec.request, {m.Request}),
     "body_part": (codec.body_part, {m.BodyPart}),
-    "to_node": (codec.to_node, {m.Cancel, m.Credit, m.Lease, m.Introduce}),
+    "to_node": (codec.to_node, {m.Cancel, m.Credit, m.Lease, m.Introduce, m.Ping}),
     "to_gateway": (codec.to_gateway, {m.Accepted, m.Part, m.Final, m.Alive, m.Credit}),
     "heartbeat": (codec.heartbeat, {m.Heartbeat}),
     "key_query": (codec.key_query, {m.KeyQuery}),
@@ -130,6 +130,7 @@ SAMPLES: dict[type[m.Message], m.Message] = {
     m.Credit: m.Credit(attempt_id=AttemptId("attempt"), until_bytes=9),
     m.Lease: m.Lease(gateway_id=GatewayId("gateway"), attempt_ids=(AttemptId("one"), AttemptId("two"))),
     m.Introduce: m.Introduce(gateway_id=GatewayId("gateway")),
+    m.Ping: m.Ping(attempt_id=AttemptId("attempt")),
     m.Accepted: m.Accepted(),
     m.Part: m.Part(index=0, data=b"data", head=m.Head(status=200, content_type="text/event-stream", engine_us=3)),
     m.Final: m.Final(index=1, usage=Usage(prompt_tokens=1), failure=Failure(code="busy", message="full")),
@@ -178,10 +179,10 @@ def test_the_bytes_of_a_message_stay_as_they_are() -> None:
     """Nodes and gateways of different ages meet: a tag is never given to something else."""
     assert encode(SAMPLES[m.Cancel]) == b"\x01\x92\x03\xa7attempt"
     assert encode(SAMPLES[m.BodyPart]) == b"\x01\x94\x02\x07\xc4\x04more\xc4\x00"
-    assert [msgspec.msgpack.decode(encode(SAMPLES[kind])[1:])[0] for kind in KINDS] == list(range(1, 19))
+    assert [msgspec.msgpack.decode(encode(SAMPLES[kind])[1:])[0] for kind in KINDS] == list(range(1, 20))
     assert [kind.__name__ for kind in KINDS] == [
         "Request", "BodyPart", "Cancel", "Credit", "Lease", "Introduce", "Accepted", "Part", "Final", "Alive", "Heartbeat", "KeyQuery",
-        "KeyAnswer", "Hold", "Demand", "Index", "HistoryQuery", "HistoryAnswer",
+        "KeyAnswer", "Hold", "Demand", "Index", "HistoryQuery", "HistoryAnswer", "Ping",
     ]  # fmt: skip
 
 

@@ -92,6 +92,13 @@ OTHERS: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = [
     ("tells_stop", {"tells_stop": True}, {"timings_per_token": True}, {"timings_per_token": True}),
     ("tells_stop", {"tells_stop": True, "sampling": Sampling(stop=("x",))}, {"timings_per_token": True}, {"timings_per_token": True}),
     ("params", {"params": {"tools": "functions"}}, {}, {}),
+    (
+        "delivered",
+        {"delivered": (" upon", " a"), "sampling": Sampling(max_tokens=10)},
+        {"messages": [*MESSAGES[:-1], {"role": "assistant", "content": "Ok upon a"}], "max_tokens": 8},
+        {"prompt": "Once upon a", "max_tokens": 8},
+    ),
+    ("delivered", {"delivered": ()}, {}, {}),
 ]
 
 

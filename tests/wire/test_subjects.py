@@ -73,7 +73,7 @@ def test_who_may_say_what_to_whom() -> None:
     assert {row.pattern: (row.sender, row.receivers, row.carries) for row in TABLE} == {
         "n.*.req": ("gateway", ("node",), (m.Request,)),
         "n.*.body.*": ("gateway", ("node",), (m.BodyPart,)),
-        "n.*.ctl": ("gateway", ("node",), (m.Cancel, m.Credit, m.Lease, m.Introduce)),
+        "n.*.ctl": ("gateway", ("node",), (m.Cancel, m.Credit, m.Lease, m.Introduce, m.Ping)),
         "rsp.*.*.*": ("node", ("gateway",), (m.Accepted, m.Part, m.Final, m.Alive, m.Credit)),
         "hb.*": ("node", ("gateway", "hub"), (m.Heartbeat,)),
         "hub.key": ("gateway", ("hub",), (m.KeyQuery, m.KeyAnswer)),

@@ -16,9 +16,30 @@ try:
 except ImportError:  # where there is none, asyncio's own loop does
     uvloop = None  # type: ignore[assignment]
 
-Main = Callable[[asyncio.Event], Awaitable[None]]
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 INTERRUPTED = 130
+GATEWAY_DRAIN_S = 30.0
+"""How long calls under way may go on at a gateway that was asked to stop; those that take longer end with `gateway_stopping`."""
+NODE_DRAIN_S = 15.0
+"""The same at a node; those that take longer move to another node.
+
+It is shorter, since the owner may be shutting the machine down, and since what manages services kills after 20 s what doesn't end.
+"""
+
+
+class Stop:
+    """What signals asked for: `asked` is set by the first of them, `now` by the second."""
+
+    def __init__(self) -> None:
+        self.asked = asyncio.Event()
+        self.now = asyncio.Event()
+
+    def signal(self) -> None:
+        """Somebody wants us to stop."""
+        (self.now if self.asked.is_set() else self.asked).set()
+
+
+Main = Callable[[Stop], Awaitable[None]]
 
 
 class Ready(msgspec.Struct, frozen=True, kw_only=True):
@@ -36,16 +57,16 @@ def run(main: Main, *, verbose: bool = False) -> int:
     interrupted: list[int] = []
 
     async def guarded() -> None:
-        until = asyncio.Event()
+        stop = Stop()
         loop = asyncio.get_running_loop()
 
-        def stop(number: int) -> None:
+        def on_signal(number: int) -> None:
             interrupted.append(number)
-            until.set()
+            stop.signal()
 
         for number in STOPPING:
-            loop.add_signal_handler(number, stop, number)
-        await main(until)
+            loop.add_signal_handler(number, on_signal, number)
+        await main(stop)
 
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop if uvloop else None) as runner:
@@ -78,6 +99,12 @@ def innermost(error: BaseException) -> str:
 def complain(error: FallowError) -> None:
     """An error as one line on stderr."""
     sys.stderr.write(f"fallow: {' '.join(error.message.split())}\n")
+
+
+def tell_draining(within_s: float) -> None:
+    """Tell the user why it takes a while to stop."""
+    sys.stderr.write(f"fallow: calls under way end first, within {within_s:g} s; a second signal, or Ctrl-C, stops at once\n")
+    sys.stderr.flush()
 
 
 def tell_ready(descriptor: int | None, address: str, words: str) -> None:

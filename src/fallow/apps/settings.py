@@ -14,6 +14,7 @@ from msgspec import Meta
 from fallow.adapters.files import make_folder, write_private
 from fallow.apps import lend_settings
 from fallow.core import hours
+from fallow.model.call import CONCURRENCY_DEFAULT, PER_MINUTE_MAX, WEIGHT_MAX
 from fallow.model.errors import BadFlag, BadSetting
 from fallow.model.needs import COUNTRY_UNKNOWN, Isolation, Prefer, Ring
 from fallow.wire import complaint
@@ -59,6 +60,12 @@ TEMPLATE = (
 # The most that a call may cost, and a million output tokens, in credits (1 credit is 1 USD); 0: no limit.
 # max_cost = 0
 # max_price = 0
+# Calls at once in each gateway; then calls and tokens a minute, prompts and answers together, 0: no limit.
+# concurrency = 256
+# calls_per_minute = 0
+# tokens_per_minute = 0
+# Where work waits, a key of weight 2 gets twice as much done as one of weight 1.
+# weight = 1.0
 
 [hub]
 # Where the broker listens. Anything but this machine itself is an explicit choice: all traffic is readable to whoever
@@ -106,7 +113,7 @@ class Organisation(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
 
 class Key(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The policy of the hub's key."""
+    """The policy and the allowance of the hub's key."""
 
     rings: Annotated[tuple[Ring, ...], Meta(min_length=1, max_length=3)] = ("own", "partner")
     partners: Annotated[tuple[Name, ...], Meta(max_length=256)] = ()
@@ -117,6 +124,10 @@ class Key(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     prefer: Prefer = "cheap"
     max_cost: lend_settings.Usd = 0.0
     max_price: lend_settings.Usd = 0.0
+    concurrency: Annotated[int, Meta(ge=1, le=100_000)] = CONCURRENCY_DEFAULT
+    calls_per_minute: Annotated[int, Meta(ge=0, le=PER_MINUTE_MAX)] = 0
+    tokens_per_minute: Annotated[int, Meta(ge=0, le=PER_MINUTE_MAX)] = 0
+    weight: Annotated[float, Meta(ge=1 / WEIGHT_MAX, le=WEIGHT_MAX)] = 1.0
 
 
 class Hub(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -1,6 +1,7 @@
 """`fallow up`: hub, gateway and node on this machine, as the same processes that run apart elsewhere."""
 
 import asyncio
+import contextlib
 import os
 import sys
 from asyncio.subprocess import Process
@@ -14,11 +15,14 @@ import msgspec
 from fallow.adapters import children
 from fallow.adapters.files import make_folder, only_one
 from fallow.adapters.http_engine import HttpEngine
-from fallow.apps.run import Ready
+from fallow.apps.run import GATEWAY_DRAIN_S, Ready, Stop, tell_draining
 from fallow.apps.settings import KEY_FILE, LISTEN_DEFAULT, Settings, inherited
 from fallow.model.errors import EngineFailed, StartFailed
 
 PART_S_MAX = 300.0
+DRAIN_TOLD_S = 0.5
+"""A gateway that takes longer to stop has calls under way, and the user is told."""
+DRAIN_S_MAX = GATEWAY_DRAIN_S + 5.0
 LINE_BYTES_MAX = 4096
 READY_S_MAX = 10.0
 READY_POLL_S = 0.05
@@ -80,24 +84,27 @@ async def start_part(settings: Settings, role: str, arguments: list[str]) -> Par
     return Part(role, process, log, ready)
 
 
-async def run_up(settings: Settings, lend_flags: Sequence[str], until: asyncio.Event, tell: Callable[[str, str, str], None]) -> None:
-    """Run all parts until told to stop or one of them ends; `tell(base_url, key, node)` when calls can be made."""
+async def run_up(settings: Settings, lend_flags: Sequence[str], stop: Stop, tell: Callable[[str, str, str], None]) -> None:
+    """Run all parts until told to stop or one of them ends; `tell(base_url, key, node)` when calls can be made.
+
+    The gateway stops first: calls under way need the others.
+    """
     with only_one(settings.data, "up"):
         parts: list[Part] = []
         try:
             starting = asyncio.create_task(_start(settings, lend_flags, parts), name="start")
-            await _first(starting, asyncio.create_task(until.wait()))
-            if until.is_set():
+            await _first(starting, asyncio.create_task(stop.asked.wait()))
+            if stop.asked.is_set():
                 starting.cancel()
                 return
             base_url, node_id = await starting
             tell(base_url, (settings.data / KEY_FILE).read_text().strip(), node_id)
             ends = [asyncio.create_task(part.process.wait()) for part in parts]
-            stop = asyncio.create_task(until.wait())
-            await _first(stop, *ends)
-            if not until.is_set():
+            await _first(asyncio.create_task(stop.asked.wait()), *ends)
+            if not stop.asked.is_set():
                 ended = next(part for part, end in zip(parts, ends, strict=True) if end.done())
                 raise StartFailed(ended.last_words())
+            await _drain(next(part for part in parts if part.role == "gateway"), stop.now)
         finally:
             await asyncio.shield(_end(parts))
 
@@ -135,6 +142,21 @@ async def until_ready(base_url: str) -> None:
         raise StartFailed(f"the gateway is not ready after {READY_S_MAX:g} s: {reason.decode(errors='replace')}") from None
     finally:
         gateway.close()
+
+
+async def _drain(gateway: Part, now: asyncio.Event) -> None:
+    """Let the gateway end what is under way, unless told to stop at once."""
+    with contextlib.suppress(ProcessLookupError):
+        gateway.process.terminate()
+    either: list[asyncio.Task[Any]] = [asyncio.create_task(gateway.process.wait()), asyncio.create_task(now.wait())]
+    try:
+        done, _ = await asyncio.wait(either, timeout=DRAIN_TOLD_S, return_when=asyncio.FIRST_COMPLETED)
+        if not done:
+            tell_draining(GATEWAY_DRAIN_S)
+            await asyncio.wait(either, timeout=DRAIN_S_MAX, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for one in either:
+            one.cancel()
 
 
 async def _end(parts: list[Part]) -> None:

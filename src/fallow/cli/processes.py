@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 
 from fallow.adapters.endpoint import parse_endpoint
-from fallow.apps.run import complain, run
+from fallow.apps.run import Stop, complain, run
 from fallow.apps.settings import Settings, load, secret_from_environment
 from fallow.cli.bar import Bar
 from fallow.model.errors import BadFlag, FallowError
@@ -78,10 +78,10 @@ def up(data: Path | None, flags: dict[str, Any], *, ephemeral: bool, verbose: bo
         lend_flags = [word for name, value in chosen.items() if value is not None for word in (f"--{name}", value)]
         lend_flags += [word for name in flags["node.models"] or () for word in ("--model", name)]
 
-        async def main(until: asyncio.Event) -> None:
-            await _have_weights(settings, until)
-            if not until.is_set():
-                await run_up(settings, lend_flags, until, functools.partial(_greet, settings))
+        async def main(stop: Stop) -> None:
+            await _have_weights(settings, stop.asked)
+            if not stop.asked.is_set():
+                await run_up(settings, lend_flags, stop, functools.partial(_greet, settings))
 
         return run(main, verbose=verbose)
     finally:
@@ -161,10 +161,10 @@ def hub(data: Path | None, *, listen: str | None, broker: str | None, secret_fil
             "whoever reaches it with the secret can read and answer every call\n"
         )
 
-    async def main(until: asyncio.Event) -> None:
+    async def main(stop: Stop) -> None:
         secret = read_secret(secret_file) if secret_file is not None else secret_from_environment()
         secret_in = str(secret_file) if secret_file is not None else "FALLOW_SECRET" if secret else ""
-        await run_hub(settings, secret, secret_in, until, ready_fd)
+        await run_hub(settings, secret, secret_in, stop.asked, ready_fd)
 
     return run(main, verbose=verbose)
 
@@ -177,8 +177,8 @@ def gateway(
 
     settings = _read(data, {"gateway.port": port, "gateway.host": host}, hub)
 
-    async def main(until: asyncio.Event) -> None:
-        await run_gateway(settings, hub, _secret(settings, secret_file), until, ready_fd)
+    async def main(stop: Stop) -> None:
+        await run_gateway(settings, hub, _secret(settings, secret_file), stop, ready_fd)
 
     return run(main, verbose=verbose)
 
@@ -195,11 +195,11 @@ def lend(data: Path | None, flags: dict[str, Any], lending: Lending, *, verbose:
             complain(error)
             return 2
 
-    async def main(until: asyncio.Event) -> None:
+    async def main(stop: Stop) -> None:
         secret = _secret(settings, lending.secret_file)
         if not lending.engine:
-            await _have_weights(settings, until)
-        if not until.is_set():
+            await _have_weights(settings, stop.asked)
+        if not stop.asked.is_set():
             joining = Joining(
                 hub=lending.hub,
                 secret=secret,
@@ -209,7 +209,7 @@ def lend(data: Path | None, flags: dict[str, Any], lending: Lending, *, verbose:
                 reload=functools.partial(load, settings.data, flags),
                 ready=ready_fd,
             )
-            await run_node(settings, joining, until)
+            await run_node(settings, joining, stop)
 
     return run(main, verbose=verbose)
 

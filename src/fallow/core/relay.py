@@ -11,6 +11,10 @@ from fallow.model.receipt import Usage
 
 ACCEPT_MS = 1_000
 SILENCE_MS = 3_000
+PING_MS = 500
+"""An answer that flows and pauses for so long: the node is asked whether it is still there. The broker answers for one that isn't."""
+PING_EARLY_MS = 1_400
+"""The same before the answer begins, when nothing but a word each second is to be heard."""
 FIRST_MS_MIN = 30_000
 FIRST_FACTOR = 3
 WHOLE_MS_MAX = 30 * 60_000
@@ -20,7 +24,7 @@ Phase = Literal["asked", "accepted", "answering", "done"]
 
 
 class Relay(msgspec.Struct, frozen=True, kw_only=True):
-    """One attempt. `started` is set once a byte of the answer went to the caller; from then on no other node can take over.
+    """One attempt. `started` is set once a byte of the answer went to the caller; from then on another node can only go on from there.
 
     `keeps` is set when the answer is held back until it is whole.
     """
@@ -30,6 +34,7 @@ class Relay(msgspec.Struct, frozen=True, kw_only=True):
     first_by_ms: int
     next_index: int = 0
     keeps: bool = False
+    pinged_at_ms: int = 0
 
     @property
     def started(self) -> bool:
@@ -85,8 +90,12 @@ class Stop(msgspec.Struct, frozen=True):
     """Tell the node that nobody waits for it."""
 
 
+class Ask(msgspec.Struct, frozen=True):
+    """Ask the node whether it is still there."""
+
+
 Event = Accepted | Alive | Part | Final | Unheard | Tick | Broken | CallerLeft | BusLost
-Effect = Deliver | Finish | Fail | Stop
+Effect = Deliver | Finish | Fail | Stop | Ask
 
 
 def ask(*, now_ms: int, first_token_in_ms: int, keeps: bool, load_wait_ms: int = 0) -> Relay:
@@ -146,6 +155,9 @@ def _overdue(relay: Relay, now_ms: int, silence_ms: int) -> tuple[Relay, tuple[E
         return _fail(relay, "node_silent", f"the node said nothing for {silence_ms / 1000:g} s")
     if relay.next_index == 0 and now_ms > relay.first_by_ms:
         return _fail(relay, "node_too_slow", "the node did not begin to answer in time")
+    since = now_ms - max(relay.heard_at_ms, relay.pinged_at_ms)
+    if relay.phase != "asked" and since > (PING_MS if relay.phase == "answering" else PING_EARLY_MS):
+        return replace(relay, pinged_at_ms=now_ms), (Ask(),)
     return relay, ()
 
 

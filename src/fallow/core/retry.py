@@ -3,6 +3,8 @@
 from fallow.model.errors import Failure
 
 ATTEMPTS_MAX = 3
+MOVES_MAX = 5
+"""An answer that began has more to lose."""
 ENGINE_FAULTS_MAX = 2
 """A call that kills engines must not walk through the whole network."""
 
@@ -11,6 +13,7 @@ GONE = frozenset({"node_unreachable", "leaving"})
 NODE_FAULTS = GONE | {
     "node_silent",
     "node_too_slow",
+    "attempt_lost",
     "answer_gap",
     "answer_malformed",
     "body_lost",
@@ -19,13 +22,14 @@ NODE_FAULTS = GONE | {
     "yielding",
     "model_not_here",
     "lender_refuses",
+    "cannot_continue",
 }
 ENGINE_FAULTS = frozenset({"engine_failed", "engine_stalled"})
 
 
-def try_elsewhere(failures: tuple[Failure, ...], *, started: bool) -> bool:
-    """Whether to try once more. `started` means that the caller already has a part of an answer."""
-    if started or not failures or len(failures) >= ATTEMPTS_MAX:
+def try_elsewhere(failures: tuple[Failure, ...], *, started: bool, can_continue: bool = False) -> bool:
+    """Whether to try once more. `started` means that the caller already has a part of an answer, which some nodes can go on with."""
+    if not failures or len(failures) >= (MOVES_MAX if started else ATTEMPTS_MAX) or (started and not can_continue):
         return False
     if sum(f.code in ENGINE_FAULTS for f in failures) >= ENGINE_FAULTS_MAX:
         return False

@@ -1,9 +1,31 @@
 """One HTTP request of a caller, and each try of it."""
 
+from typing import Annotated
+
 import msgspec
+from msgspec import Meta
 
 from fallow.model.ids import AttemptId, CallId, GatewayId, KeyId, NodeId, OrgId
 from fallow.model.needs import COUNTRY_UNKNOWN, Needs, Policy
+
+CONCURRENCY_DEFAULT = 256
+"""Calls of a key at once, and those of them that may wait for a slot, unless somebody says otherwise."""
+PER_MINUTE_MAX = 2**40
+WEIGHT_MAX = 1_000.0
+
+
+class Allowance(msgspec.Struct, frozen=True, kw_only=True):
+    """How much an API key may ask for at a time; a rate of 0 is no limit.
+
+    `concurrency_max` bounds its calls at once in each gateway, `waiting_max` those of them that wait for a slot. Where work waits, a
+    key of weight 2 gets twice as much done as one of weight 1.
+    """
+
+    concurrency_max: Annotated[int, Meta(ge=1, le=PER_MINUTE_MAX)] = CONCURRENCY_DEFAULT
+    waiting_max: Annotated[int, Meta(ge=0, le=PER_MINUTE_MAX)] = CONCURRENCY_DEFAULT
+    calls_per_minute: Annotated[int, Meta(ge=0, le=PER_MINUTE_MAX)] = 0
+    tokens_per_minute: Annotated[int, Meta(ge=0, le=PER_MINUTE_MAX)] = 0
+    weight: Annotated[float, Meta(ge=1 / WEIGHT_MAX, le=WEIGHT_MAX)] = 1.0
 
 
 class Call(msgspec.Struct, frozen=True, kw_only=True):
@@ -23,6 +45,7 @@ class Call(msgspec.Struct, frozen=True, kw_only=True):
     arrived_at_ms: int
     country: str = COUNTRY_UNKNOWN
     prefix: tuple[int, ...] = ()
+    allowance: Allowance = Allowance()
 
 
 class Attempt(msgspec.Struct, frozen=True, kw_only=True):
@@ -41,3 +64,4 @@ class Grant(msgspec.Struct, frozen=True, kw_only=True):
     key_id: KeyId
     org_id: OrgId
     policy: Policy = Policy()
+    allowance: Allowance = Allowance()

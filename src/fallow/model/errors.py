@@ -95,6 +95,12 @@ class CallerTooSlow(FallowError):
     code = "caller_too_slow"
 
 
+class CannotContinue(FallowError):
+    """The node can't go on with an answer that another one began."""
+
+    code = "cannot_continue"
+
+
 class EngineStalled(FallowError):
     """The engine lives but made no progress for too long."""
 

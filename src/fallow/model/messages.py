@@ -24,6 +24,8 @@ DEMAND_MODELS_MAX = 512
 INDEX_PRICES_MAX = 512
 HISTORY_PRICES_MAX = 1_024
 """About 100 bytes each: they fit into one message of the broker."""
+PIECES_MAX = 16_384
+"""Of an answer that is to be continued; longer ones aren't."""
 LOAD_WAIT_MS_MAX = 600_000
 """The longest that a call may wait for its model to be loaded."""
 NodeState = State
@@ -37,7 +39,9 @@ class Request(Message, frozen=True, kw_only=True, array_like=True, tag=1):
     """Gateway to node: a call's header and its body, or the first part of it.
 
     `body_bytes` is the whole body's size; what `body` lacks follows as `BodyPart`s. `load_wait_ms` is how long the caller
-    is willing to wait for the model to be loaded; None if nothing was said of it.
+    is willing to wait for the model to be loaded; None if nothing was said of it. `made_at_s` is when the call came, in UTC
+    seconds: all attempts of a call say the same of themselves. `delivered` are the pieces of text that the caller has already
+    from an attempt that broke off, to be continued; None for an answer from the beginning.
     """
 
     attempt_id: AttemptId
@@ -54,6 +58,8 @@ class Request(Message, frozen=True, kw_only=True, array_like=True, tag=1):
     signature: bytes = b""
     load_wait_ms: Annotated[int, Meta(ge=0, le=LOAD_WAIT_MS_MAX)] | None = None
     country: str = COUNTRY_UNKNOWN
+    made_at_s: Annotated[int, Meta(ge=0, le=2**40)] = 0
+    delivered: Annotated[tuple[str, ...], Meta(max_length=PIECES_MAX)] | None = None
 
 
 class BodyPart(Message, frozen=True, kw_only=True, array_like=True, tag=2):
@@ -210,5 +216,11 @@ class HistoryAnswer(Message, frozen=True, kw_only=True, array_like=True, tag=18)
     prices: Annotated[tuple[IndexPrice, ...], Meta(max_length=HISTORY_PRICES_MAX)]
 
 
-ToNode = Cancel | Credit | Lease | Introduce
+class Ping(Message, frozen=True, kw_only=True, array_like=True, tag=19):
+    """Gateway to node: are you still at this attempt? The broker answers itself if the node's connection is gone."""
+
+    attempt_id: AttemptId
+
+
+ToNode = Cancel | Credit | Lease | Introduce | Ping
 ToGateway = Accepted | Part | Final | Alive | Credit

@@ -128,12 +128,25 @@ class Timing(msgspec.Struct, frozen=True, kw_only=True):
 CallState = Literal["running", "done", "failed", "caller_left"]
 
 
+class Waiting(msgspec.Struct, frozen=True, kw_only=True):
+    """What a call that waits here can know: its place, 1 being next, how many seconds it will probably take, and why it waits.
+
+    `estimate_s` is null until calls were seen to end. Where a `flex` call waits for a better moment, it is when it is looked at again
+    at the latest, and the place counts the calls for the same model that do so too.
+    """
+
+    position: int
+    estimate_s: float | None
+    why: str
+
+
 class CallView(msgspec.Struct, frozen=True, kw_only=True):
     """What happened to a call. What isn't known, or not known yet, is null; `arrived_at` is UTC.
 
     `http_status` and `code` are what the caller got; what each node said is with its attempt. `predicted` and `actual` are of
     the last attempt; only a stream tells when the first token came. `cost` is in credits, and never more than the quote's
-    `cost_max`. `waited_ms` is how long the call waited here for a better moment, and `wait_why` why.
+    `cost_max`. `waited_ms` is how long the call waited here for its turn or a better moment, and `wait_why` why; `waiting` is there
+    while it does.
     """
 
     id: CallId
@@ -154,4 +167,22 @@ class CallView(msgspec.Struct, frozen=True, kw_only=True):
     actual: Timing | None
     waited_ms: float | None
     wait_why: str | None
+    waiting: Waiting | None = None
     attempts: list[AttemptView]
+
+
+class WaitingCall(Waiting, frozen=True, kw_only=True):
+    """A call of the caller's organisation that waits."""
+
+    id: CallId
+    model: str | None
+    path: str
+    waited_ms: float
+
+
+class WaitingList(msgspec.Struct, frozen=True, kw_only=True):
+    """The calls of the caller's organisation that wait at this gateway, as they came; `total` counts those that aren't listed too."""
+
+    object: Literal["list"] = "list"
+    data: list[WaitingCall]
+    total: int

@@ -55,7 +55,8 @@ class Generation(msgspec.Struct, frozen=True, kw_only=True):
 
     Choices are numbered prompt by prompt: choice `p * choices + i` is the i-th for prompt p. `top_logprobs` None wants no
     log probabilities. `tells_stop` is set where the answer must say which stop sequence it met. `tool_name` is the one tool that
-    must be called, with `tool_choice` "required". `schema` is what the text must fit.
+    must be called, with `tool_choice` "required". `schema` is what the text must fit. `delivered` are the pieces, a token each
+    as far as is known, of a text that another engine began: what is written goes on from there.
     `params` names the request's fields for errors: {"schema": "response_format.json_schema.schema",
     "tools": "tools[{index}].function.parameters", …}.
     """
@@ -73,6 +74,19 @@ class Generation(msgspec.Struct, frozen=True, kw_only=True):
     think: bool | None = None
     tells_stop: bool = False
     params: dict[str, str] = {}
+    delivered: tuple[str, ...] | None = None
+
+
+def may_continue(generation: Generation) -> bool:
+    """Whether an engine can go on with such a text where another one broke off: only if nothing but its words matters so far."""
+    return (
+        generation.choices == 1
+        and len(generation.prompts) <= 1
+        and (not generation.tools or generation.tool_choice == "none")
+        and generation.schema is None
+        and generation.top_logprobs is None
+        and not generation.tells_stop
+    )
 
 
 class Alternative(msgspec.Struct, frozen=True):

@@ -50,7 +50,7 @@ class Neutraliser:
 
 def chat(generation: Generation, turns: Sequence[Turn], sampling: Sampling, *, schema: dict[str, Any] | None) -> EngineRequest:
     """A conversation's next turn. The turns' roles are those that every template knows: system, user, assistant."""
-    fields: dict[str, Any] = {"messages": [{"role": turn.role, "content": turn.text} for turn in turns]}
+    fields: dict[str, Any] = {"messages": messages(generation, turns)}
     fields |= _common(generation, sampling)
     if schema is not None:
         fields["response_format"] = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
@@ -63,11 +63,23 @@ def chat(generation: Generation, turns: Sequence[Turn], sampling: Sampling, *, s
 
 def completion(generation: Generation, prompt: str | tuple[int, ...], sampling: Sampling) -> EngineRequest:
     """A text's continuation."""
-    fields: dict[str, Any] = {"prompt": prompt}
+    said = "".join(generation.delivered or ())
+    fields: dict[str, Any] = {"prompt": prompt if not said else prompt + said if isinstance(prompt, str) else [*prompt, said]}
     fields |= _common(generation, sampling)
     if generation.top_logprobs is not None:
         fields["n_probs"] = max(1, generation.top_logprobs)
     return EngineRequest(path=COMPLETIONS, body=msgspec.json.encode(fields))
+
+
+def messages(generation: Generation, turns: Sequence[Turn]) -> list[dict[str, str]]:
+    """A conversation as engines take it. An assistant's words at its end are gone on with."""
+    found = [{"role": turn.role, "content": turn.text} for turn in turns]
+    said = "".join(generation.delivered or ())
+    if said and found and found[-1]["role"] == "assistant":
+        found[-1]["content"] += said
+    elif said:
+        found.append({"role": "assistant", "content": said})
+    return found
 
 
 def placed(request: EngineRequest, *, slot: int, may_reuse: bool, choices: int = 1) -> bytes:
@@ -84,6 +96,8 @@ def _common(generation: Generation, sampling: Sampling) -> dict[str, Any]:
     fields: dict[str, Any] = {"stream": True, "stream_options": {"include_usage": True}, "return_progress": True}
     for name in ("max_tokens", "temperature", "top_p", "top_k", "frequency_penalty", "presence_penalty", "seed"):
         value = getattr(sampling, name)
+        if name == "max_tokens" and value is not None:
+            value = max(1, value - len(generation.delivered or ()))
         if value is not None:
             fields[name] = value
     if sampling.stop and not generation.tells_stop:

@@ -32,7 +32,7 @@ CONTROL = Subject(
     pattern="n.*.ctl",
     sender="gateway",
     receivers=("node",),
-    carries=(m.Cancel, m.Credit, m.Lease, m.Introduce),
+    carries=(m.Cancel, m.Credit, m.Lease, m.Introduce, m.Ping),
     payload_bytes_max=64 * 1024,
 )
 ANSWER = Subject(pattern="rsp.*.*.*", sender="node", receivers=("gateway",), carries=(m.Accepted, m.Part, m.Final, m.Alive, m.Credit))

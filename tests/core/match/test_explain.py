@@ -13,11 +13,12 @@ from fallow.core.match.explain import LIFTED_BY, NAMES_MAX, NO_NODES, NOT_OFFERE
 from fallow.core.match.filter import LIMITS
 from fallow.core.match.market import Market
 from fallow.core.needs import micro
+from fallow.core.standing import Failed
 from fallow.model.call import Call
 from fallow.model.ids import NodeId
 from fallow.model.needs import Needs
 from fallow.model.quote import Refuse, Stopped, Wait
-from offers import AT_S, CREDIT, NOW, PLAIN, Lent, call_of, market_of, may, node_of, put, refused, some_lents, some_needs
+from offers import AT_S, CREDIT, NOW, PLAIN, Lent, call_of, later, market_of, may, node_of, put, refused, some_lents, some_needs
 
 PROMISE = settings(derandomize=True, deadline=None, max_examples=100)
 F16 = replace(PLAIN, quantisations=frozenset({"f16"}))
@@ -161,12 +162,25 @@ def test_a_refusal_counts_what_tiers_and_rings_left_aside() -> None:
         pytest.param([Lent(state="pause")], YIELDING_RETRY_AFTER_MS, id="an owner stays for minutes"),
         pytest.param([Lent(state="pause"), Lent(node="b", readiness="failed")], RETRY_AFTER_MS, id="the soonest"),
         pytest.param([Lent(readiness="failed")], RETRY_AFTER_MS, id="an engine is soon restarted"),
+        pytest.param([Lent(readiness="failed"), Lent(node="b", fails=True, others=4)], RETRY_AFTER_MS, id="a first fault is soon over"),
         pytest.param([Lent(others=4, decode=1_000.0, prefill=1e6)], RETRY_AFTER_MS, id="never sooner than a heartbeat"),
         pytest.param([Lent(others=4, decode=0.01)], RETRY_AFTER_MS_MAX, id="never so late that nobody comes back"),
     ],
 )
 def test_when_to_try_again(lents: list[Lent], retry_after_ms: int) -> None:
     assert refused(match(call_of(), market_of(lents), now=NOW)).retry_after_ms == retry_after_ms
+
+
+def test_a_refusal_tells_when_the_first_node_has_backed_off() -> None:
+    market, at_s = market_of([Lent(others=4), Lent(node="b", others=4)]), AT_S
+    for node, faults in (("node-a", 6), ("b", 4)):
+        at_s = AT_S
+        for _ in range(faults):
+            market.told(NodeId(node), Failed(code="node_silent"), now_s=at_s)
+            at_s = market.standings.of(NodeId(node), at_s).backs_off_until_s
+    now = later(1 + 2 + 4 + 1)  # the fourth back-off is 8 s, of which 7 are left
+    refusal = refused(match(call_of(at=now), market, now=now))
+    assert (refusal.limit, refusal.retry_after_ms) == ("backing_off", 7_000)
 
 
 def test_a_queue_has_moved_when_the_next_first_token_is_expected() -> None:

@@ -10,6 +10,8 @@ from msgspec.structs import replace
 from fallow.core.match.decide import match, quotes
 from fallow.core.match.filter import CODE, LIMITS, ring_of
 from fallow.core.match.market import Market
+from fallow.core.match.survey import Moment
+from fallow.core.standing import BACK_OFF_S_MIN, HALF_LIFE_S, Event, Failed, Heard, Succeeded, Suspected, Yielded
 from fallow.model.call import Call
 from fallow.model.ids import NodeId, OrgId
 from fallow.model.needs import Isolation, Needs, Ring
@@ -18,15 +20,18 @@ from offers import (
     AT_S,
     CHAT,
     CREDIT,
+    EXPLORER_ID,
     NOW,
     PLAIN,
     Lent,
     call_of,
+    later,
     looks,
     market_of,
     may,
     node_of,
     put,
+    quote_at,
     refused,
     some_lents,
     some_needs,
@@ -76,6 +81,8 @@ STOPS: list[tuple[str, Call, Lent, Lent]] = [
     ("owner_is_back", call_of(), Lent(state="leave"), Lent(state="run")),
     ("engine_failed", call_of(), Lent(readiness="failed"), Lent(readiness="loading")),
     ("engine_failed", call_of(), Lent(readiness="failed"), Lent(readiness="cold")),
+    ("backing_off", call_of(replace(PLAIN, strict=True)), Lent(fails=True), Lent()),
+    ("backing_off", call_of(replace(PLAIN, service_tier="priority")), Lent(fails=True, others=4), Lent()),
     ("busy", call_of(), Lent(slots=2, waiting_max=2, others=4), Lent(slots=2, waiting_max=2, others=3)),
     ("busy", call_of(), Lent(slots=1, waiting_max=0, others=1), Lent(slots=1, waiting_max=0)),
     ("busy", call_of(), Lent(slots=0, waiting_max=0), Lent(slots=1, waiting_max=0)),
@@ -137,6 +144,7 @@ WORST = Lent(
     state="pause",
     expires_s=0.0,
     others=1,
+    fails=True,
 )
 MENDED: tuple[tuple[str, dict[str, Any]], ...] = (
     ("path_not_offered", {"paths": frozenset({CHAT})}),
@@ -154,6 +162,7 @@ MENDED: tuple[tuple[str, dict[str, Any]], ...] = (
     ("already_tried", {"node": "node-fresh"}),
     ("owner_is_back", {"state": "run"}),
     ("engine_failed", {"readiness": "ready"}),
+    ("backing_off", {"fails": False}),
     ("busy", {"others": 0}),
     ("too_slow", {"prefill": 4_000.0}),
 )
@@ -188,6 +197,83 @@ def test_a_stronger_isolation_does_for_a_weaker_one(wanted: Isolation | None, gi
     ranks = ["none", "landlock", "bwrap"]
     found, _ = quotes(call_of(replace(PLAIN, isolation=wanted)), market_of([Lent(isolation=given_)]), now=NOW)
     assert bool(found) == (wanted is None or ranks.index(given_) >= ranks.index(wanted))
+
+
+# Backing off.
+def told(market: Market, node: str, *events: Event, at_s: float = AT_S) -> Market:
+    for event in events:
+        market.told(NodeId(node), event, now_s=at_s)
+    return market
+
+
+def fitting(market: Market, call: Call, *, now: Moment = NOW) -> set[str]:
+    """The nodes that nothing stops."""
+    return {look.node_id(at) for look in looks(market, call, now=now) for at in range(len(look.some)) if look.codes[look.some[at]] == 0}
+
+
+FAULT = Failed(code="node_silent")
+DEFAULT, PRIORITY, STRICT = call_of(), call_of(replace(PLAIN, service_tier="priority")), call_of(replace(PLAIN, strict=True))
+FLEXIBLE = call_of(replace(PLAIN, service_tier="flex"))
+PAIR = (Lent(node="node-1"), Lent(node="node-2"))
+
+
+def test_a_back_off_outlives_what_the_node_says_of_itself() -> None:
+    """A heartbeat with news, another price, another shelf's offer, being gone and back: none of that ends it."""
+    market = told(market_of(PAIR), "node-1", FAULT)
+    put(market, replace(PAIR[0], ready_in_ms=5))
+    assert fitting(market, DEFAULT) == {"node-2"}
+    put(market, replace(PAIR[0], output_price=5))
+    assert fitting(market, DEFAULT) == {"node-2"}
+    put(market, replace(PAIR[0], model="big"))
+    assert fitting(market, call_of(replace(PLAIN, model="big"))) == set()
+    market.drop(NodeId("node-1"))
+    put(market, PAIR[0])
+    assert fitting(market, DEFAULT) == {"node-2"}
+
+
+def test_a_back_off_does_not_hide_the_nodes_own_state() -> None:
+    market = told(market_of([replace(PAIR[0], state="pause")]), "node-1", FAULT)
+    assert refused(match(DEFAULT, market, now=NOW)).limit == "owner_is_back"
+    told(market, "node-1", Succeeded())
+    assert refused(match(DEFAULT, market, now=NOW)).limit == "owner_is_back"
+    put(market, PAIR[0])
+    assert fitting(market, DEFAULT) == {"node-1"}
+
+
+def test_after_the_back_off_calls_that_can_be_spared_go_one_by_one() -> None:
+    market = told(market_of(PAIR), "node-1", FAULT)
+    over = later(BACK_OFF_S_MIN)
+    market.refresh(now_s=over.at_s)
+    assert [fitting(market, call, now=over) for call in (DEFAULT, FLEXIBLE)] == 2 * [{"node-1", "node-2"}]
+    assert [fitting(market, call, now=over) for call in (PRIORITY, STRICT)] == 2 * [{"node-2"}]
+    market.began("probe", DEFAULT, quote_at(market, DEFAULT, "node-1", now=over), now_s=over.at_s)
+    assert fitting(market, DEFAULT, now=over) == {"node-2"}
+    told(market, "node-1", Yielded(), at_s=over.at_s)  # it told nothing
+    assert fitting(market, DEFAULT, now=over) == {"node-1", "node-2"}
+    told(market, "node-1", Succeeded(), at_s=over.at_s)
+    assert [fitting(market, call, now=over) for call in (DEFAULT, PRIORITY, STRICT)] == 3 * [{"node-1", "node-2"}]
+
+
+def test_who_is_suspected_is_left_aside_until_it_is_heard() -> None:
+    market = told(market_of(PAIR), "node-1", Suspected())
+    market.refresh(now_s=AT_S + 1e6)
+    assert fitting(market, DEFAULT) == {"node-2"}
+    told(market, "node-1", Heard())
+    assert fitting(market, PRIORITY) == {"node-1", "node-2"}
+
+
+def test_a_few_calls_find_out_whether_who_often_failed_has_mended() -> None:
+    """The others go where they are more likely to come to their end, as long as that exists."""
+    market = market_of([replace(PAIR[0], output_price=0), PAIR[1]])
+    for _ in range(5):
+        told(market, "node-1", FAULT, Succeeded())
+    assert quote_at(market, DEFAULT, "node-1").chance < 0.95 <= quote_at(market, DEFAULT, "node-2").chance
+    assert node_of(match(DEFAULT, market, now=NOW)) == "node-2"
+    assert node_of(match(call_of(id=EXPLORER_ID), market, now=NOW)) == "node-1"
+    assert node_of(match(FLEXIBLE, market, now=NOW)) == "node-1"
+    much_later = later(10 * HALF_LIFE_S)
+    market.refresh(now_s=much_later.at_s)
+    assert node_of(match(call_of(at=much_later), market, now=much_later)) == "node-1"
 
 
 # Rings.
@@ -242,8 +328,11 @@ def test_a_node_that_changes_its_organisation_changes_its_ring() -> None:
 
 # All together.
 @PROMISE
-@given(some_needs, some_lents, st.frozensets(st.sampled_from([NodeId("node-a"), NodeId("node-b")])))
-def test_every_offer_either_may_or_is_counted_once(needs: Needs, lents: list[Lent], tried: frozenset[NodeId]) -> None:
+@given(some_needs, some_lents, *2 * [st.frozensets(st.sampled_from([NodeId("node-a"), NodeId("node-b")]))])
+def test_every_offer_either_may_or_is_counted_once(
+    needs: Needs, lents: list[Lent], tried: frozenset[NodeId], failing: frozenset[NodeId]
+) -> None:
+    lents = [replace(lent, fails=lent.node in failing) for lent in lents]
     call, market = call_of(needs), market_of(lents)
     everything = looks(market, call, tried=tried)
     fit = {look.node_id(at) for look in everything for at in range(len(look.some)) if look.codes[look.some[at]] == 0}

@@ -127,11 +127,15 @@ class Incoming:
 
 
 class HttpCaller:
-    """The caller of one request: what they sent (`incoming`), and what they get."""
+    """The caller of one request: what they sent (`incoming`), and what they get (through `send`).
+
+    `is_repeat` is set when the answer is that of an earlier call. `lasts_until` is there for a call whose answer others can
+    ask for: until it is set the call goes on without its caller.
+    """
 
     def __init__(self, scope: Scope, receive: Receive, send: Send, metrics: Metrics) -> None:
         self.incoming = Incoming(scope, receive)
-        self._send = send
+        self.send = send
         self._metrics = metrics
         self.arrived_ns = perf_counter_ns()
         self.call_id = CallId("call_" + secrets.token_hex(12))
@@ -139,8 +143,12 @@ class HttpCaller:
         self.status = 0
         self.load_wait_ms: int | None = None
         self.story: Story | None = None
+        self.node_asked = False
+        self.is_repeat = False
+        self.lasts_until: asyncio.Event | None = None
 
     def trying(self, origin: Origin) -> None:
+        self.node_asked = True
         if self.story is not None:
             self.story.trying(origin.node_id, origin.hardware, origin.place, origin.price)
 
@@ -153,7 +161,9 @@ class HttpCaller:
             self.story.waits(why)
 
     async def gone(self) -> None:
-        """Return when the caller has closed the connection."""
+        """Return when the caller has closed the connection, and nobody else can ask for the answer."""
+        if self.lasts_until is not None:
+            await self.lasts_until.wait()
         await self.incoming.gone()
 
     async def begin(self, head: m.Head, origin: Origin) -> None:
@@ -162,7 +172,7 @@ class HttpCaller:
         await self._start(head.status, head.content_type, self._about(head, origin), None)
 
     async def write(self, data: bytes) -> None:
-        await self._send({"type": "http.response.body", "body": data, "more_body": True})
+        await self.send({"type": "http.response.body", "body": data, "more_body": True})
 
     async def finish(self, data: bytes, head: m.Head | None, origin: Origin) -> None:
         """The end of an answer; of one that was held back, all of it."""
@@ -170,12 +180,12 @@ class HttpCaller:
             assert head is not None, "an answer has a head"
             self._observe(head)
             await self._start(head.status, head.content_type, self._about(head, origin), len(data))
-        await self._send({"type": "http.response.body", "body": data, "more_body": False})
+        await self.send({"type": "http.response.body", "body": data, "more_body": False})
 
     async def reply(self, status: int, data: bytes, headers: tuple[tuple[bytes, bytes], ...] = (), *, more: bool = False) -> int:
         """A small JSON document."""
         await self._start(status, "application/json", list(headers), len(data))
-        await self._send({"type": "http.response.body", "body": data, "more_body": more})
+        await self.send({"type": "http.response.body", "body": data, "more_body": more})
         return status
 
     async def fail(self, failure: Failure) -> int:
@@ -188,7 +198,7 @@ class HttpCaller:
             self.story.code = failure.code
         if self.status:
             event = errors.event_of(failure, protocol, self.call_id)
-            await self._send({"type": "http.response.body", "body": event, "more_body": False})
+            await self.send({"type": "http.response.body", "body": event, "more_body": False})
             return status
         body = errors.body_of(failure, protocol, self.call_id)
         headers = [(b"fallow-call", self.call_id.encode()), (b"fallow-attempts", b"%d" % self.outcome.attempts)]
@@ -202,7 +212,7 @@ class HttpCaller:
             return await self.reply(status, body, tuple(headers))
         await self.reply(status, body, (*headers, (b"connection", b"close")), more=True)
         await self.incoming.read_away()
-        await self._send({"type": "http.response.body", "body": b"", "more_body": False})
+        await self.send({"type": "http.response.body", "body": b"", "more_body": False})
         return status
 
     async def _start(self, status: int, content_type: str, headers: list[tuple[bytes, bytes]], size: int | None) -> None:
@@ -212,7 +222,7 @@ class HttpCaller:
             headers.append((b"content-length", b"%d" % size))
         elif content_type.startswith("text/event-stream"):
             headers.append((b"cache-control", b"no-cache"))
-        await self._send({"type": "http.response.start", "status": status, "headers": headers})
+        await self.send({"type": "http.response.start", "status": status, "headers": headers})
 
     def _observe(self, head: m.Head) -> None:
         if self.story is not None:

@@ -1,4 +1,4 @@
-"""A call's way through the gateway: match, ask, relay; and once more elsewhere if a node fails before the answer began."""
+"""A call's way through the gateway: match, ask, relay; and on elsewhere if a node fails."""
 
 import asyncio
 import secrets
@@ -7,6 +7,7 @@ from typing import Protocol
 
 import msgspec
 
+from fallow.apps.gateway.delivery import MOVED, Delivery
 from fallow.apps.gateway.errors import refused
 from fallow.apps.gateway.exchange import Conversation, Exchange
 from fallow.apps.gateway.metrics import Metrics
@@ -27,11 +28,16 @@ from fallow.wire import subjects
 
 WATCH_AFTER_S = 0.05
 """Most calls of a stub are over by then; only longer ones pay for watching the caller."""
+PIECE_BYTES = 5
+"""What a piece of a text takes in a message beside its bytes."""
 ANSWER_BYTES_MAX = 32 * 1024 * 1024
 """An answer that is held until it is whole."""
 WAITING_MAX = 1_000
 """Calls that wait here for a better moment; each holds its body."""
 WAITING_RETRY_AFTER_MS = 10_000
+MOVE_S_MAX = 10.0
+MOVE_LOOK_S = 0.25
+"""An answer that broke off waits so long for a node that can go on with it, and looks so often."""
 
 
 class Caller(Protocol):
@@ -97,6 +103,8 @@ class Calls:
         tried: set[NodeId] = set()
         last: NodeId | None = None
         call = self._known(call, body)
+        delivery = Delivery(call.path, stream=call.stream)
+        broke_at_s = 0.0
         while True:
             decision = match(call, self._roster.market, tried=tried, now=self._roster.moment(), attempt=len(failures) + 1)
             if isinstance(decision, Wait):
@@ -105,11 +113,14 @@ class Calls:
                     return outcome
                 continue
             if isinstance(decision, Refuse):
+                if delivery.has_begun and decision.retry_after_ms and self._clock.now_ms() / 1000 - broke_at_s < MOVE_S_MAX:
+                    await asyncio.sleep(MOVE_LOOK_S)
+                    continue
                 failure = failures[-1] if failures else refused(decision, call.needs.model)
                 return Outcome(failure=failure, attempts=len(failures), node_id=last)
             last = decision.node_id
             tried.add(last)
-            outcome = await self._attempt(call, decision, body, caller, number=len(failures) + 1)
+            outcome = await self._attempt(call, decision, body, caller, delivery, number=len(failures) + 1)
             caller.tried(outcome.failure)
             if outcome.failure is None:
                 return outcome
@@ -117,8 +128,11 @@ class Calls:
             self._metrics.attempt_failed(outcome.failure.code)
             if is_gone(outcome.failure):
                 self._roster.forget(last)
-            if not try_elsewhere(failures, started=outcome.started):
+            if not try_elsewhere(failures, started=outcome.started, can_continue=outcome.started and delivery.pieces() is not None):
                 return outcome
+            if outcome.started:
+                call = msgspec.structs.replace(call, needs=msgspec.structs.replace(call.needs, service_tier="default", strict=False))
+                broke_at_s = self._clock.now_ms() / 1000
 
     def _known(self, call: Call, body: bytes) -> Call:
         """The call with the fingerprint of its beginning, counted as demand."""
@@ -145,7 +159,7 @@ class Calls:
         finally:
             self._waiting -= 1
 
-    async def _attempt(self, call: Call, place: Place, body: bytes, caller: Caller, *, number: int) -> Outcome:
+    async def _attempt(self, call: Call, place: Place, body: bytes, caller: Caller, delivery: Delivery, *, number: int) -> Outcome:
         now = self._clock.now_ms()
         attempt = Attempt(id=AttemptId(secrets.token_hex(16)), call_id=call.id, node_id=place.node_id, number=number, asked_at_ms=now)
         first_ms, wait_ms = place.quote.first_token_in_ms, caller.load_wait_ms or 0
@@ -163,14 +177,15 @@ class Calls:
         market.began(attempt.id, call, place.quote, now_s=now / 1000)
         usage: Usage | None = None
         try:
-            await self._exchange.ask(conversation, _request(call, model, attempt, body, caller.load_wait_ms))
-            if len(body) > subjects.PART_BYTES_MAX:
-                helpers.append(self._spawn(self._send_rest(conversation, body)))
-            outcome = await self._relay(call, conversation, caller, origin)
+            request = _request(call, model, attempt, body, caller.load_wait_ms, delivery.pieces() if delivery.has_begun else None)
+            await self._exchange.ask(conversation, request)
+            if len(body) > len(request.body):
+                helpers.append(self._spawn(self._send_rest(conversation, body, len(request.body))))
+            outcome = await self._relay(call, conversation, caller, delivery, origin)
             usage = outcome.usage
             return outcome
         except BrokerLost as error:
-            return Outcome(failure=error.failure(), started=conversation.relay.started, attempts=number, node_id=place.node_id)
+            return Outcome(failure=error.failure(), started=delivery.has_begun, attempts=number, node_id=place.node_id)
         finally:
             watch.cancel()
             for helper in helpers:
@@ -180,7 +195,7 @@ class Calls:
             if not conversation.is_over:  # we were cancelled
                 await self._exchange.stop(attempt)
 
-    async def _relay(self, call: Call, conversation: Conversation, caller: Caller, origin: Origin) -> Outcome:
+    async def _relay(self, call: Call, conversation: Conversation, caller: Caller, delivery: Delivery, origin: Origin) -> Outcome:
         """Carry out what the attempt's state asks for, until it is over."""
         held: list[bytes] = []
         head: m.Head | None = None
@@ -190,7 +205,7 @@ class Calls:
                 case relay.Deliver(data=data):
                     if call.stream and head is None and effect.head is not None:
                         self._roster.market.first(conversation.attempt.id, now_s=self._clock.now_ms() / 1000)
-                        await caller.begin(effect.head, origin)
+                        await self._begin(caller, delivery, effect.head, origin)
                     head = head or effect.head
                     if not call.stream:
                         held.append(data)
@@ -199,16 +214,27 @@ class Calls:
                             conversation.hear(relay.Broken(code="answer_too_long", message=text))
                             continue
                     elif data:
+                        delivery.add(data)
                         await caller.write(data)
                     await self._exchange.took(conversation, len(data))
                 case relay.Finish(usage=usage):
                     await caller.finish(b"".join(held), head, origin)
                     return Outcome(usage=usage, started=True, attempts=origin.attempts, node_id=origin.node_id)
                 case relay.Fail(failure=failure):
-                    return self._ended(origin, failure, started=call.stream and head is not None)
+                    return self._ended(origin, failure, started=delivery.has_begun)
                 case relay.Stop():
                     await self._exchange.stop(conversation.attempt)
+                case relay.Ask():
+                    await self._exchange.ping(conversation.attempt)
         return end
+
+    async def _begin(self, caller: Caller, delivery: Delivery, head: m.Head, origin: Origin) -> None:
+        """The head of the answer; of one that goes on elsewhere, only a word of that."""
+        if not delivery.has_begun:
+            delivery.has_begun = True
+            await caller.begin(head, origin)
+        else:
+            await caller.write(MOVED % origin.node_id.encode())
 
     def _ended(self, origin: Origin, failure: Failure, *, started: bool) -> Outcome:
         return Outcome(failure=failure, started=started, attempts=origin.attempts, node_id=origin.node_id)
@@ -217,9 +243,9 @@ class Calls:
         await caller.gone()
         conversation.hear(relay.CallerLeft())
 
-    async def _send_rest(self, conversation: Conversation, body: bytes) -> None:
+    async def _send_rest(self, conversation: Conversation, body: bytes, start: int) -> None:
         try:
-            await self._exchange.send_body(conversation, body, subjects.PART_BYTES_MAX)
+            await self._exchange.send_body(conversation, body, start)
         except BrokerLost:
             conversation.hear(relay.BusLost())
 
@@ -228,7 +254,12 @@ class Calls:
         return self.group.create_task(work)
 
 
-def _request(call: Call, model: str, attempt: Attempt, body: bytes, load_wait_ms: int | None) -> m.Request:
+def _request(
+    call: Call, model: str, attempt: Attempt, body: bytes, load_wait_ms: int | None, delivered: tuple[str, ...] | None
+) -> m.Request:
+    room = subjects.PART_BYTES_MAX
+    if delivered:
+        room -= len("".join(delivered).encode()) + PIECE_BYTES * len(delivered)
     return m.Request(
         attempt_id=attempt.id,
         call_id=call.id,
@@ -239,7 +270,9 @@ def _request(call: Call, model: str, attempt: Attempt, body: bytes, load_wait_ms
         model=model,
         stream=call.stream,
         body_bytes=len(body),
-        body=body if len(body) <= subjects.PART_BYTES_MAX else body[: subjects.PART_BYTES_MAX],
+        body=body if len(body) <= room else body[: max(0, room)],
         load_wait_ms=load_wait_ms,
         country=call.country,
+        made_at_s=call.arrived_at_ms // 1000,
+        delivered=delivered,
     )

@@ -122,6 +122,14 @@ class Exchange:
             conversation.granted_bytes = until
             await self._tell(conversation.attempt.node_id, m.Credit(attempt_id=conversation.attempt.id, until_bytes=until))
 
+    async def ping(self, attempt: Attempt) -> None:
+        """Ask whether the node is still there; the reply subject is the answer's, as in `ask`."""
+        subject = subjects.answer(self.gateway_id, attempt.node_id, attempt.id)
+        try:
+            await self._bus.publish(subjects.control(attempt.node_id), codec.encode(m.Ping(attempt_id=attempt.id)), subject)
+        except BrokerLost:
+            log.debug("not asked: the broker is away")
+
     async def stop(self, attempt: Attempt) -> None:
         """Tell the node that nobody waits any more."""
         await self._tell(attempt.node_id, m.Cancel(attempt_id=attempt.id))
@@ -137,7 +145,7 @@ class Exchange:
         if conversation is None or subjects.answering_node(delivery.subject) != conversation.attempt.node_id:
             return  # late, or not from the node that was asked
         if delivery.unheard:
-            conversation.hear(relay.Unheard())
+            self._on_unheard(conversation.attempt.node_id)
             return
         try:
             message = codec.to_gateway.read(delivery.data)
@@ -155,6 +163,12 @@ class Exchange:
             conversation.body_room.set()
         else:
             conversation.hear(message)
+
+    def _on_unheard(self, node_id: NodeId) -> None:
+        """What the broker says of one attempt's node is true for all of its attempts."""
+        for conversation in list(self._open.values()):
+            if conversation.attempt.node_id == node_id:
+                conversation.hear(relay.Unheard())
 
     def _on_lost(self) -> None:
         self.end_all(relay.BusLost())

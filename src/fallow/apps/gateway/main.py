@@ -1,6 +1,7 @@
 """The gateway's process."""
 
 import asyncio
+import contextlib
 import gc
 import secrets
 from typing import Any
@@ -22,7 +23,7 @@ from fallow.apps.gateway.metrics import Metrics
 from fallow.apps.gateway.prices import Prices
 from fallow.apps.gateway.roster import Roster
 from fallow.apps.gateway.server import listen, make_server
-from fallow.apps.run import tell_ready
+from fallow.apps.run import GATEWAY_DRAIN_S, Stop, tell_draining, tell_ready
 from fallow.apps.settings import ADDRESS_FILE, Settings
 from fallow.core.relay import BusLost
 from fallow.model.ids import GatewayId
@@ -68,15 +69,27 @@ class Gateway:
         self.history.forget_old()
         await self.roster.refresh()
 
+    async def drain(self, now: asyncio.Event, within_s: float) -> None:
+        """Take no more calls, and end those that are still under way after so long, or as soon as `now` is set."""
+        self.api.stopping = True
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(within_s):
+                await now.wait()
+        self.end_calls()
+
     def end_calls(self) -> None:
         """Take no more calls, and end those under way with a word."""
         self.api.stopping = True
         self.exchange.end_all(BusLost(code="gateway_stopping", message="the gateway is being stopped"))
 
 
-async def run_gateway(settings: Settings, hub: str, secret: str, until: asyncio.Event, ready: int | None) -> None:
-    """Serve HTTP until told to stop; raises StartFailed."""
-    with only_one(settings.data, "gateway"):
+async def run_gateway(settings: Settings, hub: str, secret: str, stop: Stop, ready: int | None) -> None:
+    """Serve HTTP until told to stop, and what is open then to its end; raises StartFailed.
+
+    Port and data folder are let go at once, so that the next gateway can start while this one drains.
+    """
+    with contextlib.ExitStack() as held:
+        held.enter_context(only_one(settings.data, "gateway"))
         listener = listen(settings.gateway.host, settings.gateway.port)
         host, port = listener.getsockname()[:2]
         base_url = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
@@ -84,9 +97,17 @@ async def run_gateway(settings: Settings, hub: str, secret: str, until: asyncio.
         bus = NatsBus(hub, secret, gateway_id)
         await bus.connect()
         gateway = Gateway(gateway_id, bus, SystemClock(), settings.organisation.country)
-        server = make_server(gateway.app, gateway.end_calls)
+
+        async def drain() -> None:
+            held.close()
+            if gateway.api.calls_now:
+                tell_draining(GATEWAY_DRAIN_S)
+            await gateway.drain(stop.now, GATEWAY_DRAIN_S)
+
+        server = make_server(gateway.app, drain, drain_s=GATEWAY_DRAIN_S)
         closing = asyncio.Event()
         address = settings.data / ADDRESS_FILE
+        held.callback(address.unlink, missing_ok=True)
         try:
             async with asyncio.TaskGroup() as group:
                 group.create_task(gateway.run(closing), name="gateway")
@@ -96,12 +117,11 @@ async def run_gateway(settings: Settings, hub: str, secret: str, until: asyncio.
                 tell_ready(
                     ready, base_url, f"The gateway answers at {base_url}; its API description is at {base_url.removesuffix('/v1')}/docs"
                 )
-                await until.wait()
+                await stop.asked.wait()
                 server.should_exit = True
                 await serving
                 closing.set()
         finally:
-            address.unlink(missing_ok=True)
             await bus.close()
 
 

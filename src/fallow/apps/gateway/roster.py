@@ -4,11 +4,12 @@ import logging
 from typing import NamedTuple
 
 from fallow.core import roster as core
+from fallow.core import standing as standings
 from fallow.core.match.market import Market
 from fallow.core.match.survey import Moment
 from fallow.model import messages as m
 from fallow.model.card import Card
-from fallow.model.errors import BrokerLost, WireError
+from fallow.model.errors import BrokerLost, Failure, WireError
 from fallow.model.ids import GatewayId, NodeId
 from fallow.model.offer import Load, Offer
 from fallow.model.owner import State
@@ -16,6 +17,8 @@ from fallow.ports import Bus, Clock, Delivery
 from fallow.wire import codec, subjects
 
 NODES_MAX = 10_000
+AWAY = frozenset({"node_unreachable", "node_silent"})
+"""Failures that say that the node may be gone. Whether it is, its heartbeats tell."""
 
 log = logging.getLogger("fallow.gateway")
 
@@ -42,6 +45,8 @@ class Roster:
         self.market = Market()
         self._told: dict[NodeId, dict[str, Told]] = {}
         self._strangers: set[NodeId] = set()
+        self._suspected: set[NodeId] = set()
+        """Those that the market was told are suspected."""
 
     async def start(self) -> None:
         await self._bus.subscribe(subjects.HEARTBEATS, self._on_heartbeat)
@@ -61,6 +66,8 @@ class Roster:
             self.forget(beat.node_id)
             return
         self._members[beat.node_id] = member
+        if core.stage(member, now_ms=now) == "here":
+            self._suspect(beat.node_id, False)
         self._tell_market(beat.node_id, member, now)
         if core.is_stranger(member):
             self._strangers.add(beat.node_id)
@@ -84,11 +91,16 @@ class Roster:
             self.market.heard(node_id, model, running=_running(offer, load), now_s=now_ms / 1000)
 
     async def refresh(self) -> None:
-        """Drop who is gone, look after the market, and ask strangers for their cards."""
+        """Drop who is gone, leave aside who may be, look after the market, and ask strangers for their cards."""
         now = self._clock.now_ms()
         self.market.refresh(now_s=now / 1000)
         for node_id in [n for n, member in self._members.items() if core.is_gone(member, now_ms=now)]:
             self.forget(node_id)
+        suspects = core.suspects(self._members, now_ms=now)
+        for node_id in self._suspected - suspects:
+            self._suspect(node_id, False)
+        for node_id in suspects - self._suspected:
+            self._suspect(node_id, True)
         while self._strangers:
             node_id = self._strangers.pop()
             try:
@@ -99,6 +111,7 @@ class Roster:
     def forget(self, node_id: NodeId) -> None:
         """The node is gone; its next heartbeat brings it back."""
         if self._members.pop(node_id, None) is not None:
+            self._suspect(node_id, False)
             self._told.pop(node_id, None)
             self.market.drop(node_id)
 
@@ -106,6 +119,49 @@ class Roster:
         """The broker went away, and with it all that we knew."""
         for node_id in list(self._members):
             self.forget(node_id)
+
+    def heard(
+        self,
+        node_id: NodeId,
+        failure: Failure | None,
+        *,
+        left: bool = False,
+        promised_s: float = 0.0,
+        took_s: float | None = None,
+        kept: bool | None = None,
+    ) -> None:
+        """How an attempt ended. `left`: the caller went, and nothing is known of it.
+
+        `promised_s` and `took_s` are the first token's, from the asking on, or the end's where only that can be told; `took_s` None:
+        nobody looked. `kept` None: the promise is kept if the answer came about as soon as was promised.
+        """
+        if left:
+            self.told(node_id, standings.Yielded())
+        elif failure is None:
+            if kept is None:
+                kept = took_s is None or standings.keeps(promised_s=promised_s, took_s=took_s)
+            self.told(node_id, standings.Succeeded(promised_s=promised_s, took_s=took_s, kept=kept))
+        else:
+            self.told(node_id, standings.Failed(code=failure.code))
+            if failure.code == "leaving":
+                self.forget(node_id)
+            elif failure.code in AWAY and node_id in self._members:
+                self._members[node_id] = core.doubt(self._members[node_id])
+                self._suspect(node_id, True)
+
+    def told(self, node_id: NodeId, event: standings.Event) -> None:
+        """Something that a node's standing follows from."""
+        self.market.told(node_id, event, now_s=self._clock.now_ms() / 1000)
+
+    def standing(self, node_id: NodeId) -> standings.Standing:
+        """What is thought of a node now."""
+        return self.market.standings.of(node_id, self._clock.now_ms() / 1000)
+
+    def _suspect(self, node_id: NodeId, suspected: bool) -> None:
+        if suspected == (node_id in self._suspected):
+            return
+        (self._suspected.add if suspected else self._suspected.discard)(node_id)
+        self.told(node_id, standings.Suspected() if suspected else standings.Heard())
 
     def moment(self) -> Moment:
         """Now, for matching."""

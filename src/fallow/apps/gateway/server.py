@@ -1,9 +1,10 @@
-"""uvicorn, told to send what one turn of the event loop wrote in one system call, and to stop in time."""
+"""uvicorn, told to send what one turn of the event loop wrote in one system call, and to let open calls end before it stops."""
 
 import asyncio
 import errno
+import math
 import socket
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import uvicorn
@@ -13,7 +14,8 @@ from fallow.model.errors import StartFailed
 
 KEEP_ALIVE_S = 75
 BACKLOG = 1024
-STOP_S = 1
+STOP_S = 1.0
+"""How long callers have to read the last word of a call that was ended."""
 
 
 class Cork:
@@ -50,19 +52,32 @@ class CorkedProtocol(HttpToolsProtocol):
 
 
 class Server(uvicorn.Server):
-    """A server whose signals are somebody else's, and that ends open calls before it waits for connections."""
+    """A server whose signals are somebody else's.
 
-    def __init__(self, config: uvicorn.Config, end_calls: Callable[[], None]) -> None:
+    To stop, it closes the listener and the connections that are idle, and waits for the answers under way. `drain` runs meanwhile,
+    and returns when it has ended those that took too long; callers that don't read even that are hung up on.
+    """
+
+    def __init__(self, config: uvicorn.Config, drain: Callable[[], Awaitable[None]]) -> None:
         super().__init__(config)
-        self._end_calls = end_calls
+        self._drain = drain
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        self._end_calls()
-        await super().shutdown(sockets)
+        ending = asyncio.create_task(self._end(), name="drain")  # its first step comes when the listener is closed
+        try:
+            await super().shutdown(sockets)
+        finally:
+            ending.cancel()
+
+    async def _end(self) -> None:
+        await self._drain()
+        await asyncio.sleep(STOP_S)
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
 
 
-def make_server(app: Any, end_calls: Callable[[], None]) -> Server:
-    """A server for an ASGI app; it logs nothing of requests."""
+def make_server(app: Any, drain: Callable[[], Awaitable[None]], *, drain_s: float) -> Server:
+    """A server for an ASGI app; it logs nothing of requests. `drain` returns within `drain_s`."""
     config = uvicorn.Config(
         app,
         interface="asgi3",
@@ -76,10 +91,10 @@ def make_server(app: Any, end_calls: Callable[[], None]) -> Server:
         server_header=False,
         date_header=False,
         timeout_keep_alive=KEEP_ALIVE_S,
-        timeout_graceful_shutdown=STOP_S,
+        timeout_graceful_shutdown=math.ceil(drain_s + 2 * STOP_S),  # what `drain` and hanging up couldn't end is cancelled
         backlog=BACKLOG,
     )
-    return Server(config, end_calls)
+    return Server(config, drain)
 
 
 def listen(host: str, port: int) -> socket.socket:

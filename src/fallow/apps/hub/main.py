@@ -20,7 +20,7 @@ from fallow.apps.run import tell_ready
 from fallow.apps.settings import KEY_FILE, SECRET_FILE, Key, Settings
 from fallow.core.needs import micro
 from fallow.model import messages as m
-from fallow.model.call import Grant
+from fallow.model.call import Allowance, Grant
 from fallow.model.errors import BadSetting, BrokerLost, FallowError, WireError
 from fallow.model.ids import KeyId, OrgId
 from fallow.model.needs import Policy
@@ -29,8 +29,9 @@ from fallow.wire import codec, subjects
 
 KEY_PREFIX = "fk-"
 USUAL = Policy()
+GENEROUS = Allowance()
 POLICY_BYTES_MAX = subjects.KEY.payload_bytes_max - 512
-"""What a policy may take of the message in which gateways hear of it; the rest is room for ids."""
+"""What a policy may take of the message in which gateways hear of it; the rest is room for ids and the allowance."""
 RESTART_S_MIN = 0.2
 RESTART_S_MAX = 30.0
 HEALTHY_S = 10.0
@@ -42,10 +43,10 @@ log = logging.getLogger("fallow.hub")
 class KeyDesk:
     """Answers gateways' questions about API keys."""
 
-    def __init__(self, bus: Bus, key: str, org_id: OrgId, policy: Policy = USUAL) -> None:
+    def __init__(self, bus: Bus, key: str, org_id: OrgId, policy: Policy = USUAL, allowance: Allowance = GENEROUS) -> None:
         self._bus = bus
         self._digest = hashlib.sha256(key.encode()).digest()
-        self._grant = Grant(key_id=KeyId("key-" + self._digest.hex()[:12]), org_id=org_id, policy=policy)
+        self._grant = Grant(key_id=KeyId("key-" + self._digest.hex()[:12]), org_id=org_id, policy=policy, allowance=allowance)
         self._group: asyncio.TaskGroup | None = None
 
     async def start(self, group: asyncio.TaskGroup) -> None:
@@ -87,6 +88,16 @@ def policy_of(key: Key) -> Policy:
         text = f"what the key allows takes {size} bytes, the limit is {POLICY_BYTES_MAX}: name fewer partners, regions or countries"
         raise BadSetting(f"settings.toml: key: {text}")
     return policy
+
+
+def allowance_of(key: Key) -> Allowance:
+    """How much the settings let the hub's key ask for at a time."""
+    return Allowance(
+        concurrency_max=key.concurrency,
+        calls_per_minute=key.calls_per_minute,
+        tokens_per_minute=key.tokens_per_minute,
+        weight=key.weight,
+    )
 
 
 class BrokerKeeper:
@@ -149,7 +160,7 @@ async def run_hub(settings: Settings, secret: str, secret_in: str, until: asynci
             desks: list[asyncio.Task[None]] = []
             try:
                 await bus.connect()
-                await KeyDesk(bus, key, OrgId(settings.organisation.id), policy).start(group)
+                await KeyDesk(bus, key, OrgId(settings.organisation.id), policy, allowance_of(settings.key)).start(group)
                 clock = SystemClock()
                 roster = HubRoster(bus, clock)
                 await roster.start()

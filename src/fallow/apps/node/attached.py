@@ -5,7 +5,7 @@ import contextlib
 import logging
 import re
 import ssl
-from collections.abc import AsyncGenerator, AsyncIterator, Collection
+from collections.abc import AsyncGenerator, AsyncIterator, Collection, Mapping
 from pathlib import Path
 
 import msgspec
@@ -15,7 +15,8 @@ from fallow.adapters import machine
 from fallow.adapters.endpoint import Endpoint, parse_endpoint, read_key
 from fallow.adapters.http_engine import HttpAnswer, HttpEngine, default_tls
 from fallow.apps import lend_settings
-from fallow.apps.node.served import EVENTS, JSON, Answer, Lane, Piece, Refused
+from fallow.apps.node.continuing import ContinuedAnswer, continued
+from fallow.apps.node.served import EVENTS, JSON, NO_PAST, Answer, Lane, Past, Piece, Refused
 from fallow.apps.settings import Settings
 from fallow.core.admit import BUSY_RETRY_AFTER_MS
 from fallow.core.slots import Asker
@@ -59,6 +60,7 @@ log = logging.getLogger("fallow.node")
 
 class _Entry(msgspec.Struct, frozen=True):
     id: str
+    owned_by: str | None = None
 
 
 class _Models(msgspec.Struct, frozen=True):
@@ -95,7 +97,7 @@ async def attach(address: str, settings: Settings, *, only: Collection[str] = ()
     except StartFailed:
         engine.close()
         raise
-    server = AttachedServer(engine, listed, look_s=LOOK_FAR_S if endpoint.is_tls and not endpoint.is_here else LOOK_S)
+    server = AttachedServer(engine, listed, owners=listed, look_s=LOOK_FAR_S if endpoint.is_tls and not endpoint.is_here else LOOK_S)
     served = tuple(
         AttachedServed(
             model=name,
@@ -151,15 +153,15 @@ def hardware_of(endpoint: Endpoint, terms: lend_settings.Attached, *, here: Hard
     return msgspec.structs.replace(base, kind=kind, gpu=terms.gpu or base.gpu or ("unknown" if kind == "gpu" else None))
 
 
-async def find_models(engine: HttpEngine) -> list[str]:
-    """The models that the server lists, each once; raises StartFailed."""
+async def find_models(engine: HttpEngine) -> dict[str, str]:
+    """The models that the server lists, each with its owner; raises StartFailed."""
     try:
         status, body = await engine.get(MODELS, MODELS_S, MODELS_BYTES_MAX)
         if status in _ACCOUNT:
             raise StartFailed(
                 f"the engine {_ACCOUNT[status]} (status {status}); engine.key_file in the settings names the file with the key"
             )
-        models = _names(body) if status == 200 else []
+        models = _owners(body) if status == 200 else {}
     except (EngineFailed, msgspec.DecodeError) as error:
         raise StartFailed(f"the engine does not list its models at /v1/models: {error}") from None
     if not models:
@@ -167,9 +169,9 @@ async def find_models(engine: HttpEngine) -> list[str]:
     return models
 
 
-def _names(body: bytes) -> list[str]:
-    """Raises DecodeError."""
-    return list(dict.fromkeys(entry.id for entry in _models.decode(body).data))
+def _owners(body: bytes) -> dict[str, str]:
+    """Who each listed model says that it is owned by, which is the server's kind; raises DecodeError."""
+    return {entry.id: entry.owned_by or "" for entry in _models.decode(body).data}
 
 
 def choose(listed: Collection[str], *, only: Collection[str], refused: Collection[str]) -> list[str]:
@@ -195,8 +197,9 @@ def _told(names: Collection[str]) -> str:
 class AttachedServer:
     """The server as a whole: whether it answers, which models it has, and whether it takes calls now."""
 
-    def __init__(self, engine: HttpEngine, models: Collection[str], *, look_s: float) -> None:
+    def __init__(self, engine: HttpEngine, models: Collection[str], *, look_s: float, owners: Mapping[str, str] | None = None) -> None:
         self.engine = engine
+        self.owners = owners or {}
         self._known = self._listed = frozenset(models)
         self._look_s = look_s
         self._trouble = ""
@@ -247,7 +250,7 @@ class AttachedServer:
         """Ask for the list of models, and remember what came of it. A change is logged once."""
         try:
             status, body = await self.engine.get(MODELS, MODELS_S, MODELS_BYTES_MAX)
-            listed = frozenset(_names(body)) if status == 200 else self._listed
+            listed = frozenset(_owners(body)) if status == 200 else self._listed
         except (EngineFailed, msgspec.DecodeError) as error:
             self._tell(f"it does not list its models: {error}")
             return
@@ -349,7 +352,7 @@ class AttachedServed(Lane):
         return Failure(code="engine_failed", message=f"the attached server can't be asked: {trouble}") if trouble else None
 
     @contextlib.asynccontextmanager
-    async def ask(self, path: str, body: bytes, asker: Asker) -> AsyncIterator[Answer]:
+    async def ask(self, path: str, body: bytes, asker: Asker, past: Past = NO_PAST) -> AsyncIterator[Answer]:
         """The server's refusals pass as they came, but for those that are between it and the lender.
 
         What the server remembers of other callers' prompts is its own affair: it isn't told whose a call is.
@@ -357,10 +360,13 @@ class AttachedServed(Lane):
         Raises EngineFailed when the server fails or refuses the lender's key; raises Refused as busy when it has had too many
         calls (status 429): another node is asked, and this one offers no slot for as long as the server's Retry-After says.
         """
+        body = without_ours(body)
+        if past.delivered is not None:
+            body = continued(path, body, past, self._server.owners.get(self.model, ""))
         try:
-            async with self._server.engine.post(path, without_ours(body)) as answer:
+            async with self._server.engine.post(path, body) as answer:
                 self._judge(answer)
-                yield PassedAnswer(answer)
+                yield ContinuedAnswer(answer, answer.head, past) if past.delivered is not None else PassedAnswer(answer)
         except (EngineFailed, EngineStalled):
             self._server.doubt()
             raise

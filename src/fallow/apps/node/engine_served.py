@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator, AsyncIterator
 import msgspec
 
 from fallow.apps.node.room import Room
-from fallow.apps.node.served import JSON, Answer, Lane, Piece
+from fallow.apps.node.served import JSON, NO_PAST, Answer, Lane, Past, Piece
 from fallow.apps.node.supervisor import Supervisor
 from fallow.core.residency import Resident
 from fallow.core.slots import Asker
@@ -45,7 +45,7 @@ class EngineServed(Lane, abc.ABC):
     """What all models in engines of our own have in common."""
 
     @abc.abstractmethod
-    def ask(self, path: str, body: bytes, asker: Asker) -> contextlib.AbstractAsyncContextManager[Answer]:
+    def ask(self, path: str, body: bytes, asker: Asker, past: Past = NO_PAST) -> contextlib.AbstractAsyncContextManager[Answer]:
         """See Served."""
 
     def __init__(self, facts: Facts, *, supervisor: Supervisor, engine: Engine, room: Room, clock: Clock, load_wait_s: float) -> None:

@@ -7,7 +7,7 @@ import logging
 import msgspec
 
 from fallow.apps.node.outlet import Outlet
-from fallow.apps.node.served import Answer, Refused, Served
+from fallow.apps.node.served import Answer, Past, Refused, Served
 from fallow.core import credit
 from fallow.core.slots import Asker
 from fallow.model import messages as m
@@ -62,7 +62,8 @@ class Job:
         body = bytes(self._body)
         self._body.clear()
         asker = Asker(org_id=self.request.org_id, key_id=self.request.key_id)
-        asking = self.served.ask(self.request.path, body, asker)  # what can't be answered is refused before anything loads
+        # what can't be answered is refused before anything loads
+        asking = self.served.ask(self.request.path, body, asker, _past(self.request))
         self.served.calls += 1
         try:
             async with self.served.gate:
@@ -108,6 +109,11 @@ class Job:
         log.info("attempt failed: %s", failure.code)
         with contextlib.suppress(BrokerLost):
             await self.outlet.fail(failure)
+
+
+def _past(request: m.Request) -> Past:
+    """All attempts of a call write the same id and date into their answers, so that one can go on where another broke off."""
+    return Past(answer_id=request.call_id.removeprefix("call_"), made_at_s=request.made_at_s, delivered=request.delivered)
 
 
 def _seconds(wait_ms: int | None) -> float | None:

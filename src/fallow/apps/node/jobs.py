@@ -25,6 +25,8 @@ class Jobs:
         self._clock = clock
         self._jobs: dict[AttemptId, Job] = {}
         self.bodies_bytes = 0
+        self._is_idle = asyncio.Event()
+        self._is_idle.set()
         self.did: Callable[[Usage | None, int], None] = lambda usage, uploaded_bytes: None
 
     def __iter__(self) -> Iterator[Job]:
@@ -32,6 +34,10 @@ class Jobs:
 
     def __len__(self) -> int:
         return len(self._jobs)
+
+    async def over(self) -> None:
+        """Until none runs or waits."""
+        await self._is_idle.wait()
 
     def find(self, attempt_id: AttemptId) -> Job | None:
         return self._jobs.get(attempt_id)
@@ -42,6 +48,7 @@ class Jobs:
 
     def start(self, job: Job, group: asyncio.TaskGroup) -> None:
         self._jobs[job.request.attempt_id] = job
+        self._is_idle.clear()
         self.bodies_bytes += job.request.body_bytes
         job.task = group.create_task(self._run(job))
         job.task.add_done_callback(lambda _: self._forget(job))  # a task cancelled before its first step runs no `finally`
@@ -55,6 +62,8 @@ class Jobs:
 
     def _forget(self, job: Job) -> None:
         del self._jobs[job.request.attempt_id]
+        if not self._jobs:
+            self._is_idle.set()
         self.bodies_bytes -= job.request.body_bytes
         self.did(job.usage, job.outlet.sent_bytes)
 

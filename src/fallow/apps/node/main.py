@@ -25,7 +25,7 @@ from fallow.apps.node.node import Node
 from fallow.apps.node.owner_side import OwnerSide
 from fallow.apps.node.room import Room
 from fallow.apps.node.served import Served
-from fallow.apps.run import tell_ready
+from fallow.apps.run import NODE_DRAIN_S, Stop, tell_draining, tell_ready
 from fallow.apps.settings import Settings
 from fallow.core.sizing import memory_limit
 from fallow.model.card import Card, Hardware
@@ -59,8 +59,8 @@ class Joining(msgspec.Struct, frozen=True, kw_only=True):
     ready: int | None
 
 
-async def run_node(settings: Settings, joining: Joining, until: asyncio.Event) -> None:
-    """Lend this machine until told to stop; raises StartFailed, BadModelFile, MissingExtra."""
+async def run_node(settings: Settings, joining: Joining, stop: Stop) -> None:
+    """Lend this machine until told to stop, and what runs then to its end; raises StartFailed, BadModelFile, MissingExtra."""
     with only_one(settings.data, "node"):
         node_id = NodeId(read_or_make(settings.data / "node_id", prefix="node-", length=4))
         clock = SystemClock()
@@ -80,35 +80,38 @@ async def run_node(settings: Settings, joining: Joining, until: asyncio.Event) -
                 await owner.gatekeeper.looked.wait()
                 try:
                     preparing = _attached(joining, settings) if joining.engine else _packaged(settings, folder, owner, clock)
-                    lent = await _until_told(preparing, until)
+                    lent = await _until_told(preparing, stop.asked)
                     if lent is not None:
                         owner.lend(lent.served, lent.jail, lent.measured)
-                        await _join(settings, joining, owner, lent, _card(node_id, settings, lent, clock), until, clock)
+                        await _join(settings, joining, owner, lent, _card(node_id, settings, lent, clock), stop, clock)
                 finally:
                     keeping.cancel()
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-async def _join(
-    settings: Settings, joining: Joining, owner: OwnerSide, lent: "Lent", card: Card, until: asyncio.Event, clock: Clock
-) -> None:
-    """Be on the network until told to stop."""
+async def _join(settings: Settings, joining: Joining, owner: OwnerSide, lent: "Lent", card: Card, stop: Stop, clock: Clock) -> None:
+    """Be on the network until told to stop. The owner comes first to the end: what drains still yields."""
     bus = NatsBus(joining.hub, joining.secret, card.node_id)
     await bus.connect()
     try:
         await owner.asking.start(bus, card.hardware.kind)
         node = Node(card, lent.served, bus, clock)
+        closing = asyncio.Event()
         async with asyncio.TaskGroup() as group:
-            serving = group.create_task(node.run(until), name="node")
+            serving = group.create_task(node.run(closing), name="node")
             loading = group.create_task(_tell_when_ready(owner, node, lent.served, joining.ready), name="ready")
             serving.add_done_callback(lambda _: loading.cancel())
             holding = group.create_task(_hold(owner, lent, card.node_id, bus, clock), name="holding")
             serving.add_done_callback(lambda _: holding.cancel())
-            await until.wait()
+            await stop.asked.wait()
             loading.cancel()
             holding.cancel()
+            if len(node.jobs):
+                tell_draining(NODE_DRAIN_S)
+            await node.drain(stop.now, NODE_DRAIN_S)
             owner.gatekeeper.tell = lambda verdict, drops: None  # what happens now is the node's own leaving
+            closing.set()
     finally:
         await bus.close()
 

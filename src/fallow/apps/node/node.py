@@ -1,6 +1,7 @@
 """The node: takes attempts off the bus, runs them, and tells everyone how it is."""
 
 import asyncio
+import contextlib
 import functools
 import logging
 from collections.abc import Coroutine, Sequence
@@ -60,6 +61,20 @@ class Node:
             for task in background:
                 task.cancel()
 
+    async def drain(self, now: asyncio.Event, within_s: float) -> None:
+        """Say that we leave, take no more calls, and let those that run come to their end: for so long, or until `now` is set."""
+        self._pulse.state = "leave"
+        self._is_leaving = True
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(LEAVE_S):
+                await quietly(functools.partial(self._pulse.beat, full=False))
+        either = [asyncio.ensure_future(self.jobs.over()), asyncio.ensure_future(now.wait())]
+        try:
+            await asyncio.wait(either, timeout=within_s, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for one in either:
+                one.cancel()
+
     async def _leave(self) -> None:
         self._pulse.state = "leave"
         self._is_leaving = True
@@ -75,9 +90,10 @@ class Node:
     # what the owner says
     def take(self, verdict: Verdict, drops: bool) -> None:
         """Tell everyone what the owner gate says; with `drops`, calls that run end here, to go on elsewhere."""
-        if self._group is not None and not self._is_leaving:
-            # Freed memory is nothing that gateways need to know; "leave" would mean that the node goes for good.
-            self._pulse.state = "pause" if verdict.state == "leave" else verdict.state
+        if self._group is not None:
+            if not self._is_leaving:
+                # Freed memory is nothing that gateways need to know; "leave" would mean that the node goes for good.
+                self._pulse.state = "pause" if verdict.state == "leave" else verdict.state
             self._spawn(self._yield(list(self.jobs) if drops else []))
 
     async def _yield(self, jobs: list[Job]) -> None:
@@ -177,6 +193,17 @@ class Node:
                         job.renew()
             case m.Introduce():
                 self._pulse.introduce()
+            case m.Ping():
+                self._reassure(message.attempt_id, delivery.reply)
+
+    def _reassure(self, attempt_id: AttemptId, reply: str) -> None:
+        """A gateway wonders whether we are still at an attempt."""
+        job = self.jobs.find(attempt_id)
+        if job is not None:
+            self._spawn(quietly(functools.partial(job.outlet.say, m.Alive())))
+        else:
+            lost = Failure(code="attempt_lost", message="the node doesn't know this attempt any more")
+            self._spawn(self._answer(reply, m.Final(index=0, failure=lost)))
 
     async def _answer(self, subject: str, message: m.Final) -> None:
         async def say() -> None:

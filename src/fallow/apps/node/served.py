@@ -44,6 +44,20 @@ class Refused(Exception):
         self.failure = failure
 
 
+class Past(msgspec.Struct, frozen=True, kw_only=True):
+    """What of a call was before this attempt: its name and age, and the pieces of text that an attempt before it delivered.
+
+    `made_at_s` is in UTC seconds, 0 if nobody said so. `delivered` is None unless the answer is to be continued.
+    """
+
+    answer_id: str = ""
+    made_at_s: int = 0
+    delivered: tuple[str, ...] | None = None
+
+
+NO_PAST = Past()
+
+
 class Served(Protocol):
     """What a node needs of a model that it serves."""
 
@@ -61,8 +75,8 @@ class Served(Protocol):
 
     async def ready(self, within_s: float | None = None) -> Failure | None: ...
 
-    def ask(self, path: str, body: bytes, asker: Asker) -> contextlib.AbstractAsyncContextManager[Answer]:
-        """Read a request, at once, raising InvalidRequest; entering the context asks the engine."""
+    def ask(self, path: str, body: bytes, asker: Asker, past: Past = NO_PAST) -> contextlib.AbstractAsyncContextManager[Answer]:
+        """Read a request, at once, raising InvalidRequest or CannotContinue; entering the context asks the engine."""
 
     async def run(self) -> None: ...
 

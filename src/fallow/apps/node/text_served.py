@@ -10,18 +10,18 @@ import msgspec
 from fallow.apps.node.engine_served import EngineServed, Facts, WholeAnswer
 from fallow.apps.node.room import Room
 from fallow.apps.node.seats import Seats
-from fallow.apps.node.served import EVENTS, JSON, Answer, Piece, Refused
+from fallow.apps.node.served import EVENTS, JSON, NO_PAST, Answer, Past, Piece, Refused
 from fallow.apps.node.supervisor import Supervisor
 from fallow.apps.node.writing import Writing
 from fallow.core.slots import Asker
-from fallow.model.errors import EngineFailed, Failure, InvalidRequest
+from fallow.model.errors import CannotContinue, EngineFailed, Failure, InvalidRequest
 from fallow.model.messages import Head
 from fallow.model.receipt import Usage
 from fallow.ports import Clock, Engine
 from fallow.wire import llama_request, messages_api, openai, responses_answer, responses_request
 from fallow.wire.chat_answer import ChatEndpoint
 from fallow.wire.completions_api import CompletionsEndpoint
-from fallow.wire.generation import Endpoint, Event, Generation, Stamp
+from fallow.wire.generation import Endpoint, Event, Generation, Stamp, Text, may_continue
 from fallow.wire.llama_answer import UNREADABLE, refusal
 
 ENDPOINTS: Mapping[str, Callable[[bytes, Stamp], Endpoint]] = {
@@ -69,7 +69,7 @@ class TextAnswer:
 
     async def _stream(self) -> AsyncGenerator[Piece, None]:
         endpoint = self._endpoint
-        begun = False
+        begun = self._go_on()
         async with contextlib.aclosing(self._writing.run(self._served.supervisor.moved)) as written:
             async for events in written:
                 opening = b"" if begun else endpoint.begin()
@@ -78,6 +78,15 @@ class TextAnswer:
                     yield Piece(data)
         self.usage = self._writing.usage
         yield Piece((b"" if begun else endpoint.begin()) + endpoint.end(self.usage), is_last=True)
+
+    def _go_on(self) -> bool:
+        """Bring the endpoint to where the answer broke off; False if it is to begin."""
+        delivered = self._endpoint.generation.delivered
+        if delivered is not None:
+            self._endpoint.begin()
+            for piece in delivered:
+                self._endpoint.write(Text(0, piece))
+        return delivered is not None
 
     async def _whole(self) -> AsyncGenerator[Piece, None]:
         events: list[Event] = []
@@ -102,16 +111,20 @@ class TextServed(EngineServed):
             self._seats.forget()
         return await super().ready(within_s)
 
-    def ask(self, path: str, body: bytes, asker: Asker) -> contextlib.AbstractAsyncContextManager[Answer]:
-        """Raises InvalidRequest; the context raises Refused or EngineFailed."""
+    def ask(self, path: str, body: bytes, asker: Asker, past: Past = NO_PAST) -> contextlib.AbstractAsyncContextManager[Answer]:
+        """Raises InvalidRequest or CannotContinue; the context raises Refused or EngineFailed."""
         if path in COUNTS:
             read, counted = COUNTS[path]
             generation = read(body)
             return self._counting(self._written(generation, asker), generation, counted)
         if path not in ENDPOINTS:
             raise InvalidRequest(f"this model does not answer {path}")
-        stamp = Stamp(id=secrets.token_hex(12), created_s=self.clock.wall_ms() // 1000, model=self.model)
-        endpoint = ENDPOINTS[path](body, stamp)
+        created_s = past.made_at_s or self.clock.wall_ms() // 1000
+        endpoint = ENDPOINTS[path](body, Stamp(id=past.answer_id or secrets.token_hex(12), created_s=created_s, model=self.model))
+        if past.delivered is not None:
+            if not endpoint.stream or not may_continue(endpoint.generation):
+                raise CannotContinue("tools, schemas, several choices and log probabilities can't be continued elsewhere")
+            endpoint.generation = msgspec.structs.replace(endpoint.generation, delivered=past.delivered)
         return self._writing(endpoint, self._written(endpoint.generation, asker, stream=endpoint.stream))
 
     def _written(self, generation: Generation, asker: Asker, *, stream: bool = False) -> Writing:

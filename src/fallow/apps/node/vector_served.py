@@ -5,7 +5,7 @@ import functools
 from collections.abc import AsyncIterator, Awaitable, Callable
 
 from fallow.apps.node.engine_served import EngineServed, WholeAnswer
-from fallow.apps.node.served import Answer, Refused
+from fallow.apps.node.served import NO_PAST, Answer, Past, Refused
 from fallow.core.slots import Asker
 from fallow.model.errors import InvalidRequest
 from fallow.model.receipt import Usage
@@ -21,7 +21,7 @@ RERANK_PARAMS = {"messages": "documents"}
 class VectorServed(EngineServed):
     """An embedding model, which ranks by similarity, or a reranker."""
 
-    def ask(self, path: str, body: bytes, asker: Asker) -> contextlib.AbstractAsyncContextManager[Answer]:
+    def ask(self, path: str, body: bytes, asker: Asker, past: Past = NO_PAST) -> contextlib.AbstractAsyncContextManager[Answer]:
         """Raises InvalidRequest; the context raises Refused or EngineFailed. Nothing is kept of a call, so it matters not whose it is."""
         if path == openai.EMBEDDINGS and path in self.paths:
             request = embeddings.read(body)

@@ -8,7 +8,8 @@ from typing import Any
 
 import msgspec
 
-from fallow.apps.node.engine_served import small
+from fallow.apps.node import retracing
+from fallow.apps.node.engine_served import SMALL_BYTES_MAX, small
 from fallow.apps.node.seats import Seats
 from fallow.apps.node.served import Refused
 from fallow.core.slots import Asker
@@ -69,12 +70,20 @@ class Writing:
 
     @property
     def usage(self) -> Usage:
-        return self._usage or Usage()
+        """What another engine wrote before counts as written, not as read."""
+        used, before = self._usage or Usage(), len(self._generation.delivered or ())
+        if not before:
+            return used
+        prompt = max(0, used.prompt_tokens - before)
+        return Usage(prompt_tokens=prompt, cached_tokens=min(used.cached_tokens, prompt), output_tokens=used.output_tokens + before)
 
     async def run(self, moved: Callable[[], None]) -> AsyncGenerator[Events, None]:
         """Events as they come. Raises Refused, EngineFailed, AnswerIncomplete, SchemaNotMet."""
         asked = self._generation
-        if asked.prompts:
+        limit = asked.sampling.max_tokens
+        if asked.delivered and limit is not None and len(asked.delivered) >= limit:
+            yield [Ended(0, "length")]
+        elif asked.prompts:
             for number, prompt in enumerate(asked.prompts):
                 ask = functools.partial(llama_request.completion, asked, prompt)
                 async with contextlib.aclosing(self._plain(ask, number * asked.choices, asked.choices, moved)) as events:
@@ -237,12 +246,18 @@ class Writing:
             output_tokens=old.output_tokens + usage.output_tokens,
         )
 
+    async def _fetch(self, path: str, body: bytes) -> tuple[int, bytes]:
+        async with self._engine.post(path, body) as answer:
+            return answer.head.status, await small(answer, SMALL_BYTES_MAX)
+
     @contextlib.asynccontextmanager
     async def _asked(self, request: llama_request.EngineRequest, choices: int = 1) -> AsyncIterator[tuple[EngineAnswer, int]]:
         """The engine's answer, and how many choices are in it: at least one, at most those wanted."""
         async with self._seats.taken(self._asker, request.body, choices) as taken:
-            seat = taken.seat
-            body = llama_request.placed(request, slot=seat.slot, may_reuse=seat.may_reuse, choices=seat.choices)
+            seat, may_reuse = taken.seat, taken.seat.may_reuse
+            if retracing.wants(self._generation):
+                may_reuse |= await retracing.retrace(self._generation, self.turns, self._fetch, slot=seat.slot, may_reuse=may_reuse)
+            body = llama_request.placed(request, slot=seat.slot, may_reuse=may_reuse, choices=seat.choices)
             async with self._engine.post(request.path, body) as answer:
                 if answer.head.status != 200:
                     taken.refused()

@@ -25,7 +25,7 @@ class Facts(NamedTuple):
     which `queue_rest` seconds haven't begun; `queue_var` is the relative variance of that, `known_var` the variance in s² of what
     doesn't depend on the call. `held` counts calls known to be there, of `slots`; where they are full, `slot_s` is when the first
     slot is expected to be free. `token_work` is the seconds of the machine that a token of output takes on a busy one, `rent`
-    what a second is worth to the calls to come.
+    what a second is worth to the calls to come. `trust` is what is left of each chance after the node's faults of late, at most 1.
     """
 
     prompt_price: Floats
@@ -45,6 +45,7 @@ class Facts(NamedTuple):
     slot_s: Floats
     token_work: Floats
     rent: Floats
+    trust: Floats
 
 
 class Columns(NamedTuple):
@@ -54,8 +55,9 @@ class Columns(NamedTuple):
     `prefill_log`, `decode_log` are learnt corrections of them as logarithms. `slope` is how much longer a step takes with each
     further stream. `writes` is 0 for what answers as soon as it has read. `streams` and `reading` count this gateway's calls
     there, `unread` are their prompts' tokens, of which `head` are being read since `head_s`. `others` run for other gateways;
-    `unread_each` is how many tokens a call there has unread on average. `kind` and `org` are numbers for the filter; `stop` is 0,
-    or the limit that the node's own state is; `halt` is the same, or that all places are taken.
+    `unread_each` is how many tokens a call there has unread on average. `kind` and `org` are numbers for the filter; `state` is 0,
+    or the limit that the node's own state is; `stop` is the same, or that the node backs off; `halt` is that, or that all places are
+    taken. The node backs off until `back_s`.
     """
 
     prompt_price: Floats
@@ -75,9 +77,11 @@ class Columns(NamedTuple):
     slot_s: Floats
     token_work: Floats
     rent: Floats
+    trust: Floats
     room: Floats
     context: Floats
     expires_s: Floats
+    back_s: Floats
     prefill: Floats
     decode: Floats
     slope: Floats
@@ -95,6 +99,7 @@ class Columns(NamedTuple):
     unread_each: Floats
     kind: Codes
     org: Codes
+    state: Codes
     stop: Codes
     halt: Codes
 

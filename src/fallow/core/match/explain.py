@@ -92,6 +92,7 @@ LIFTED_BY: dict[str, str | Lift] = {
     "already_tried": "every node that offers the model was tried",
     "owner_is_back": "the owners need their machines now; try again later, or lend one more",
     "engine_failed": "the engine is being restarted; try again shortly",
+    "backing_off": "the node failed a moment ago, or isn't heard, and is left alone for a while; try again shortly",
     "busy": "all slots and queue places are taken; try again shortly",
     "too_slow": _too_slow,
 }
@@ -123,6 +124,9 @@ def _retry_after_ms(limit: str, looks: Sequence[Look]) -> int:
     """An owner stays for minutes; a queue has moved when the next first token is expected; anything else may be over with a heartbeat."""
     if limit == "owner_is_back":
         return YIELDING_RETRY_AFTER_MS
+    if limit == "backing_off":
+        soonest = 1000 * _least(looks, CODE[limit], lambda look, rows: look.question.shelf.columns.back_s[rows] - look.question.now_s)
+        return int(min(RETRY_AFTER_MS_MAX, max(RETRY_AFTER_MS, soonest)))
     if limit == "busy":
         soonest = 1000 * _least(looks, CODE["busy"], lambda look, rows: _times(look, rows).first_s)
         return int(min(RETRY_AFTER_MS_MAX, max(RETRY_AFTER_MS, soonest)))

@@ -32,6 +32,7 @@ LIMITS = (
     "already_tried",
     "owner_is_back",
     "engine_failed",
+    "backing_off",
     "busy",
     "too_slow",
 )
@@ -179,12 +180,16 @@ def ring_of(org: OrgId, card_org: OrgId, partners: Collection[OrgId]) -> Ring:
 
 
 class Ask(NamedTuple):
-    """The numbers that the remaining limits look at; None where a limit can't stop anything. `tried` are places among the rows."""
+    """The numbers that the remaining limits look at; None where a limit can't stop anything.
+
+    `tried` and `on_probation` are places among the rows, the latter of nodes that only a call may try that can be spared.
+    """
 
     tokens: float | None
     output_price_max: float | None
     cost_max: float | None
     tried: Codes | None
+    on_probation: Codes | None
     expired_s: float | None
     has_gone: bool
 
@@ -197,6 +202,10 @@ def codes(c: Columns, rows: Codes | slice, outcomes: NDArray[np.int8], cost: Flo
     """
     halt = c.halt[rows]
     found = halt
+    if ask.on_probation is not None and len(ask.on_probation):
+        found = found.copy()
+        there = found[ask.on_probation]
+        found[ask.on_probation] = np.where((there == 0) | (there == CODE["busy"]), CODE["backing_off"], there)
     if ask.tried is not None and len(ask.tried):
         found = found.copy()
         found[ask.tried] = CODE["already_tried"]

@@ -7,8 +7,9 @@ from fallow.core.match.filter import CODE, Kinds, kind_of
 from fallow.core.match.keys import Prompts, Warmth
 from fallow.core.match.lengths import Lengths
 from fallow.core.match.rent import Wanted
-from fallow.core.match.rows import Row
+from fallow.core.match.rows import Mark, Row
 from fallow.core.match.shelf import Booking, Shelf
+from fallow.core.standing import Event, Probed, Standings, access, is_troubled, trust
 from fallow.model.call import Call
 from fallow.model.card import Card
 from fallow.model.ids import NodeId, OrgId
@@ -56,6 +57,7 @@ class Market:
         self.kinds = Kinds()
         self._orgs: dict[OrgId, int] = {}
         self._bookings: dict[str, Booking] = {}
+        self.standings = Standings()
 
     # offers
     def put(self, card: Card, offer: Offer, load: Load, state: State, *, expires_s: float, now_s: float, rtt_s: float = 0.0) -> None:
@@ -82,6 +84,8 @@ class Market:
             rtt_s=rtt_s,
         )
         shelf.put(node_id, row, now_s=now_s)
+        if node_id in self.standings:
+            self._mark(node_id, now_s)
 
     def drop(self, node_id: NodeId, keep: Mapping[str, object] = {}) -> None:
         """The node is gone, or has no offers any more but those to keep."""
@@ -150,6 +154,8 @@ class Market:
         )
         self._bookings[booking_id] = booking
         shelf.book(booking_id, booking)
+        if is_troubled(self.standings.of(quote.node_id, now_s), now_s):
+            self.told(quote.node_id, Probed(), now_s=now_s)
         self.warmth.put(call, quote.model, quote.node_id)
 
     def first(self, booking_id: str, *, now_s: float) -> None:
@@ -174,8 +180,24 @@ class Market:
         if usage.output_tokens:
             self.lengths.learn(call.key_id, booking.model, limit=call.needs.output_tokens_max, tokens=usage.output_tokens)
 
+    # nodes
+    def told(self, node_id: NodeId, event: Event, *, now_s: float) -> None:
+        """How an attempt on a node ended, or whether it is heard."""
+        for changed in self.standings.told(node_id, event, now_s):
+            self._mark(changed, now_s)
+
+    def _mark(self, node_id: NodeId, now_s: float) -> None:
+        standing = self.standings.of(node_id, now_s)
+        who = access(standing, now_s)
+        doubt = CODE["backing_off"] if who == "closed" else 0
+        mark = Mark(doubt, standing.backs_off_until_s, trust(standing), who == "probe")
+        for model in self._offered.get(node_id, ()):
+            self._shelves[model].mark(node_id, mark)
+
     def refresh(self, *, now_s: float) -> None:
         """Several times a second: keep the shelves in order, see what is overdue and what is scarce, each shelf about once a second."""
+        for node_id in self.standings.due(now_s):
+            self._mark(node_id, now_s)
         due = [shelf for shelf in self._shelves.values() if now_s - shelf.refreshed_s >= REFRESH_S]
         due.sort(key=lambda shelf: shelf.refreshed_s)
         for shelf in due[: max(1, len(self._shelves) // REFRESH_PARTS)]:

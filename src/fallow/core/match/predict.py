@@ -142,13 +142,14 @@ def derive(c: Columns, at: Any) -> None:
 
 
 def as_cards_say(c: Columns) -> Facts:
-    """The same offers without what was learnt of them: for the few calls that find out whether a slow node has recovered.
+    """The same offers without what was learnt of them: for the few calls that find out whether a slow or faulty node has recovered.
 
     `c` are rows of their own, which are written.
     """
     c.prefill_log[:] = c.decode_log[:] = 0.0
     c.prefill_var[:] = np.minimum(c.prefill_var, PREFILL_VAR_MEASURED)
     c.decode_var[:] = np.minimum(c.decode_var, DECODE_VAR_MEASURED)
+    c.trust[:] = 1.0
     derive(c, slice(None))
     return Facts._make(c[:FACTS])
 

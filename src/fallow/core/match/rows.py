@@ -3,6 +3,7 @@
 import bisect
 import math
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import msgspec
 import numpy as np
@@ -44,6 +45,15 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     rtt_s: float = 0.0
 
 
+class Mark(NamedTuple):
+    """A node's standing as it is written: the limit that stops every call, or 0; until when; its trust; whether only probes may go."""
+
+    doubt: int
+    back_s: float
+    trust: float
+    is_on_probation: bool
+
+
 class Rows:
     """The offers in order of their price, with the newest at the end."""
 
@@ -56,6 +66,8 @@ class Rows:
         self.gone = 0
         self.orgs: dict[int, list[int]] = {}
         """The rows of each organisation."""
+        self.on_probation: set[NodeId] = set()
+        """Nodes that backed off, and should be tried by a call that can be spared."""
         self.cheapest_prompt: Floats = np.zeros(0)
         self.quick: Codes = np.zeros(0, np.intp)
         self.expires_s = self.context = math.inf
@@ -106,7 +118,8 @@ class Rows:
         c.room[at] = offer.slots + row.load.waiting_max
         c.context[at] = offer.context_tokens if speed.writes else CONTEXT_OF_LISTS
         c.rtt_s[at] = row.rtt_s
-        c.kind[at], c.org[at], c.stop[at] = row.kind, row.org, row.stop
+        c.kind[at], c.org[at] = row.kind, row.org
+        c.state[at] = c.stop[at] = row.stop
         c.expires_s[at] = row.expires_s
         c.load_s[at] = (row.load.ready_in_ms or 0) / 1000
         self.expires_s = min(self.expires_s, row.expires_s)
@@ -119,6 +132,20 @@ class Rows:
         c.prefill_var[at] = predict.PREFILL_VAR_MEASURED if measured else learn.VAR_GUESSED
         c.decode_var[at] = predict.DECODE_VAR_MEASURED if measured else learn.VAR_GUESSED
         c.unread_each[at] = UNREAD_EACH_TOKENS
+        c.trust[at] = 1.0
+
+    def mark(self, node_id: NodeId, mark: Mark) -> None:
+        """What is thought of a node changed, or its row was written anew."""
+        at = self.row_of.get(node_id)
+        if at is None:
+            return
+        c = self.columns
+        c.trust[at], c.back_s[at] = mark.trust, mark.back_s
+        (self.on_probation.add if mark.is_on_probation else self.on_probation.discard)(node_id)
+        stop = int(c.state[at]) or mark.doubt
+        if stop != c.stop[at]:
+            c.stop[at] = stop
+            predict.derive(c, at)
 
     def held(self, row: int) -> float:
         """Calls that the offer runs or keeps waiting, as far as is known."""
@@ -141,6 +168,7 @@ class Rows:
     def drop(self, node_id: NodeId) -> None:
         """The node doesn't offer the model any more."""
         at = self.row_of.pop(node_id, None)
+        self.on_probation.discard(node_id)
         if at is not None:
             self._leave_row(at)
 

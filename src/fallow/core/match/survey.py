@@ -27,7 +27,8 @@ FLEX_QUEUE_S = 2.0
 """A call that can wait doesn't stand in the way of others: it goes where little is queued."""
 
 
-PASSING: Flags = np.isin(np.arange(len(LIMITS) + 2), [0, *(CODE[name] for name in ("owner_is_back", "engine_failed", "busy", "too_slow"))])
+_PASSING = ("owner_is_back", "engine_failed", "backing_off", "busy", "too_slow")
+PASSING: Flags = np.isin(np.arange(len(LIMITS) + 2), [0, *(CODE[name] for name in _PASSING)])
 """By code, what stops an offer only for a while; the last is for the rows of offers that are gone."""
 
 
@@ -54,6 +55,7 @@ class Question(NamedTuple):
     targets: Targets
     warm: dict[int, float]
     tried: frozenset[int]
+    on_probation: frozenset[int]
     miss: float
     now_s: float
     trusts_cards: bool
@@ -135,10 +137,16 @@ def question(call: Call, market: Market, shelf: Shelf, *, tried: Collection[Node
         targets=targets_of(call, now),
         warm=market.warmth.of(call, shelf, prompt),
         tried=frozenset(row for node_id in tried if (row := shelf.row_of.get(node_id)) is not None),
+        on_probation=frozenset() if can_be_spared(call) else frozenset(shelf.row_of[node_id] for node_id in shelf.on_probation),
         miss=shelf.miss(prompt, length.mean_tokens),
         now_s=now.at_s,
         trusts_cards=trusts_cards,
     )
+
+
+def can_be_spared(call: Call) -> bool:
+    """Whether the call may find out if a node that failed has mended: it is tried elsewhere if not, but that takes its time."""
+    return call.needs.service_tier != "priority" and not call.needs.strict
 
 
 def wanted(call: Call, market: Market, now: Moment) -> Wanted | None:
@@ -182,9 +190,12 @@ def weigh(q: Question, rows: Codes, found: Codes, rings: Codes | None, *, end: i
     t = times(q, f, warm)
     chances = predict.chance(t, q.targets, q.length, limit=q.limit)
     cost = price.expected(f, prompt=q.prompt, warm=warm, output=output)
-    able = chances >= pick.CHANCE_MIN
-    if needs.service_tier == "flex":
-        able &= (t.queue_s < FLEX_QUEUE_S) & (f.held < f.slots)
+    if needs.service_tier == "flex":  # it has the time to find out whether a node that failed has mended
+        able = (chances >= pick.CHANCE_MIN) & (t.queue_s < FLEX_QUEUE_S) & (f.held < f.slots)
+        chances *= f.trust
+    else:
+        chances *= f.trust
+        able = chances >= pick.CHANCE_MIN
     if needs.strict:
         found[some[~able]] = CODE["too_slow"]
     if needs.prefer == "fast":
@@ -206,6 +217,7 @@ def _codes(q: Question, rows: Codes, where: Codes | slice, rings: Codes | None) 
         output_price_max=None if needs.price_max_micro_per_munit is None else needs.price_max_micro_per_munit / MUNIT,
         cost_max=None if needs.cost_max_micro is None else float(needs.cost_max_micro),
         tried=_places(rows, q.tried)[0] if q.tried else None,
+        on_probation=_places(rows, q.on_probation)[0] if q.on_probation else None,
         expired_s=q.now_s if q.now_s >= shelf.expires_s else None,
         has_gone=shelf.gone > 0,
     )
@@ -325,6 +337,27 @@ def may_come(look: Look, ring: Ring) -> Codes:
             return NOBODY
         passing &= look.rings == RINGS.index(ring)
     return look.rows[passing]
+
+
+def backing_off(look: Look) -> tuple[float, Look] | None:
+    """Until when nodes back off at the least whose offers nothing else stops, and a look at those as if they didn't.
+
+    None if there are none. A call that can't be spared is sent only where the time is over.
+    """
+    q, c = look.question, look.question.shelf.columns
+    at = np.flatnonzero(look.codes == CODE["backing_off"])
+    rows = look.rows[at]
+    fits = c.held[rows] < c.room[rows]
+    if not can_be_spared(q.call):
+        fits &= c.stop[rows] == 0
+    at, rows = at[fits], rows[fits]
+    if not len(rows):
+        return None
+    until_s = np.maximum(q.now_s, c.back_s[rows])
+    soonest = until_s == until_s.min()
+    at, rows = at[soonest], rows[soonest]
+    rings = None if look.rings is None else look.rings[at]
+    return float(until_s.min()), weigh(q, rows, np.zeros(len(rows), np.intp), rings, end=look.end)
 
 
 def lateness(look: Look) -> Floats:

@@ -1,0 +1,226 @@
+"""Every part is restarted in turn while calls come, and no call is lost: with a broker that stays, and the callers' own retries."""
+
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import msgspec
+import openai
+import pytest
+from running import FALLOW, Apart, Running, Service, until
+
+from fallow.adapters.broker import find_server
+
+ROOT = Path(__file__).parents[2]
+MODEL = "stub"
+SECRET = "rolling-secret"
+CALLERS = 3
+CALLS_MAX = 150
+"""Of each caller; it stops sooner, when everything has been restarted."""
+PACE = {"chunks": "10", "interval_ms": "20"}
+LONG = {"chunks": "200", "interval_ms": "25"}
+"""Five seconds: a gateway lets go of its folder in a fraction of one."""
+END_S = 20.0
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+class InTurns(httpx.BaseTransport):
+    """Each request goes to the next of several gateways, and so does each retry: what a load balancer does at its simplest."""
+
+    def __init__(self, services: list[Service]) -> None:
+        self._inner = httpx.HTTPTransport()
+        self._urls = [httpx.URL(service.base_url) for service in services]
+        self._lock = threading.Lock()
+        self._turn = 0
+
+    def handle_request(self, request: httpx.Request) -> httpx.Response:
+        with self._lock:
+            self._turn += 1
+            url = self._urls[self._turn % len(self._urls)]
+        request.url = request.url.copy_with(host=url.host, port=url.port)
+        return self._inner.handle_request(request)
+
+    def close(self) -> None:
+        self._inner.close()
+
+
+def say(client: openai.OpenAI, pace: dict[str, str], began: Callable[[], None] = lambda: None) -> None:
+    """One streamed call; raises AssertionError if the answer isn't whole."""
+    stream = client.chat.completions.create(model=MODEL, messages=[{"role": "user", "content": "Hi"}], metadata=pace, stream=True)
+    choices = []
+    for chunk in stream:
+        began()
+        choices += chunk.choices[:1]
+    text = "".join(choice.delta.content or "" for choice in choices)
+    assert text == "".join(f"c{number} " for number in range(int(pace["chunks"]))), text
+    assert choices[-1].finish_reason == "stop"
+
+
+class Trickle:
+    """Callers that call again and again until told."""
+
+    def __init__(self, call: Callable[[], None]) -> None:
+        self._call = call
+        self._over = threading.Event()
+        self.done = 0
+        self.failed: list[str] = []
+        self._threads = [threading.Thread(target=self._run, daemon=True) for _ in range(CALLERS)]
+        for thread in self._threads:
+            thread.start()
+
+    def _run(self) -> None:
+        for _ in range(CALLS_MAX):
+            if self._over.is_set():
+                return
+            try:
+                self._call()
+                self.done += 1
+            except (openai.OpenAIError, httpx.HTTPError, AssertionError) as error:
+                self.failed.append(f"{type(error).__name__}: {error}")
+
+    def goes_on(self) -> None:
+        """Until every caller had some more answers."""
+        more = self.done + 2 * CALLERS
+        until(lambda: self.done >= more or not any(thread.is_alive() for thread in self._threads), what="further calls")
+
+    def stop(self) -> None:
+        self._over.set()
+        for thread in self._threads:
+            thread.join(END_S)
+            assert not thread.is_alive(), "a call hangs"
+
+
+class Site(Apart):
+    """A broker that nobody restarts, a hub, two gateways, and two nodes that lend the same engine, which computes nothing."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self._others: list[subprocess.Popen[bytes]] = []
+        self.services: list[Service] = []
+
+    def start(self) -> None:
+        port = free_port()
+        self._spawn(str(find_server()), "-a", "127.0.0.1", "-p", str(port), "--auth", SECRET)
+        self.hub_address = f"nats://127.0.0.1:{port}"
+        until(lambda: is_open(port), what="the broker")
+        data = self.folder / "hub"
+        data.mkdir()
+        (data / "secret").write_text(SECRET + "\n")
+        self.parts["hub"] = Running(data, "hub", "--broker", self.hub_address)
+        until(lambda: "The hub is up" in self.parts["hub"].said(), what="the hub")
+        for name in ("gateway1", "gateway2"):
+            flags = ["--hub", self.hub_address, "--port", str(free_port()), "--secret-file", str(data / "secret")]
+            self.parts[name] = Running(self.folder / name, "gateway", *flags)
+        engine = self._spawn(sys.executable, "-m", "bench.stub_engine")
+        assert engine.stdout is not None
+        url = engine.stdout.readline().decode().split()[1] + "/v1"
+        for name in ("node1", "node2"):
+            self.lend(name, "--engine", url, "--slots", "4")
+        self.services = [self._service(name) for name in ("gateway1", "gateway2")]
+        self.wait_ready()
+
+    def _spawn(self, *command: str) -> "subprocess.Popen[bytes]":
+        self._others.append(subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL))
+        return self._others[-1]
+
+    def _service(self, name: str) -> Service:
+        address = self.folder / name / "gateway.json"
+        until(address.exists, what=name)
+        base_url = msgspec.json.decode(address.read_bytes(), type=dict[str, str])["base_url"]
+        return Service(base_url, (self.folder / "hub" / "key").read_text().strip(), self.parts)
+
+    def wait_ready(self) -> None:
+        for service in self.services:
+            until(lambda service=service: list(service.readiness().values()) == ["ready", "ready"], what="two ready nodes")
+
+    def start_again(self, name: str) -> None:
+        """The same command on the same folder."""
+        before: Any = self.parts[name].process.args
+        self.parts[name] = Running(self.parts[name].data, *before[len(FALLOW) : -2])
+
+    def stop(self) -> None:
+        super().stop()
+        for other in self._others:
+            other.kill()
+            other.communicate()
+
+
+def is_open(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Iterator[Site]:
+    running = Site(tmp_path)
+    try:
+        running.start()
+        yield running
+    finally:
+        running.stop()
+
+
+def restart(site: Site, name: str) -> None:
+    part = site.parts[name].process
+    part.terminate()
+    assert part.wait(END_S) == 0, site.parts[name].said()
+    site.start_again(name)
+
+
+def test_every_part_is_restarted_and_no_call_is_lost(site: Site) -> None:
+    http = httpx.Client(transport=InTurns(site.services), timeout=30)
+    with openai.OpenAI(base_url=site.services[0].base_url, api_key=site.services[0].key, max_retries=2, http_client=http) as client:
+        trickle = Trickle(lambda: say(client, PACE))
+        try:
+            trickle.goes_on()
+            for name in ("node1", "node2"):
+                restart(site, name)
+                site.wait_ready()
+                trickle.goes_on()
+            restart(site, "hub")
+            until(lambda: "The hub is up" in site.parts["hub"].said(), what="the hub")
+            trickle.goes_on()
+            hand_over(site, "gateway2")
+            trickle.goes_on()
+        finally:
+            trickle.stop()
+    assert trickle.failed == []
+    assert trickle.done >= 5 * 2 * CALLERS
+
+
+def hand_over(site: Site, name: str) -> None:
+    """The next gateway takes port and folder while a long answer still comes from the old one."""
+    service, old = site.services[1], site.parts[name].process
+    began = threading.Event()
+    with service.client() as client:
+        caught: list[BaseException] = []
+
+        def listen() -> None:
+            try:
+                say(client, LONG, began.set)
+            except (openai.OpenAIError, AssertionError) as error:
+                caught.append(error)
+
+        long = threading.Thread(target=listen, daemon=True)
+        long.start()
+        assert began.wait(END_S)
+        old.terminate()
+        until(lambda: not (site.parts[name].data / "gateway.json").exists(), within_s=END_S, what="the folder is free")
+        assert old.poll() is None, "it drains"
+        site.start_again(name)
+        long.join(END_S)
+        assert caught == []
+        assert not long.is_alive()
+    assert old.wait(END_S) == 0
+    site.services[1] = site._service(name)
+    site.wait_ready()
