@@ -18,7 +18,6 @@ from bench.steady_site import Death, Herd, Site, lent, pen, running_site
 SEED = 6
 STAGGER_S = 0.5
 """Streams of a wave don't begin in the same millisecond."""
-ASKED_POLL_S = 0.01
 KILLED_SHAPE = Shape(words=60, interval_ms=50, delay_ms=100)
 RESTART_S: dict[Death, float] = {"drop": 1.0, "hush": 5.0, "sigkill": 0.0}
 """One that was silent comes back after the gateway's silence timer, else its return would be what is measured."""
@@ -74,14 +73,17 @@ class Tried(msgspec.Struct, frozen=True, kw_only=True):
         return 100 * sum(seen.is_complete for seen in self.calls) / len(self.calls)
 
     def hit(self) -> list[Seen]:
-        """The calls whose first node died under them."""
-        return [
-            seen for seen in self.calls if any(seen.headers.get("fallow-node") == kill.node and _spans(seen, kill) for kill in self.kills)
-        ]
+        """The calls whose node died under them: before the answer began, or the one that began it."""
+        return [seen for seen in self.calls if _has_moved(seen) or any(_hits(seen, kill) for kill in self.kills)]
 
     def added_ms(self) -> list[float]:
         """What the deaths added, for each call that was hit and went on: the longest wait beyond the usual one."""
         return [max(0.0, wait) for seen in self.hit() if seen.is_complete for wait in _waits(seen, self.interval_ms, self.delay_ms)]
+
+
+def _has_moved(seen: Seen) -> bool:
+    """Whether another node was asked before the answer began."""
+    return seen.headers.get("fallow-attempts", "1") != "1"
 
 
 def _hits(seen: Seen, kill: Killed) -> bool:

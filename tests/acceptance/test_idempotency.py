@@ -81,17 +81,17 @@ def test_a_stream_whose_caller_left_is_whole_for_the_next(service: Service, key:
     left = post(service, key, ENDLESS, "/completions", stream=True)
     assert left.status_code == 200
     call = f"/v1/calls/{left.headers['fallow-call']}"
-    seen = b"".join(left.raw.read1(256) for _ in range(3))
+    seen = next(left.iter_content(None))
     left.close()
     assert service.get(call).json()["status"] == "running", "it was left in the middle"
     live = post(service, key, ENDLESS, "/completions")
     assert live.headers["fallow-repeated"] == "1"
     assert live.headers["fallow-call"] == left.headers["fallow-call"]
+    assert live.content.startswith(seen)
     assert live.content.rstrip().endswith(b"data: [DONE]")
     until(lambda: service.get(call).json()["status"] == "done", within_s=10, what="the call's end")
     again = post(service, key, ENDLESS, "/completions")
     assert again.content == live.content
     told = story(service, again)
     assert len(told["attempts"]) == 1
-    assert told["output_tokens"] > 0
-    assert seen, "something was read before"
+    assert told["output_tokens"] == ENDLESS["max_tokens"]

@@ -16,6 +16,7 @@ from fallow.apps import run as app
 from fallow.apps.gateway import server as gateway_server
 from fallow.apps.gateway.server import listen, make_server
 from fallow.apps.node.node import Node
+from fallow.model.errors import StartFailed
 from fallow.model.owner import Verdict
 from fallow.wire import codec
 
@@ -324,7 +325,7 @@ async def until_free(port: int) -> socket.socket:
     found: list[socket.socket] = []
 
     def take() -> bool:
-        with contextlib.suppress(app.FallowError):
+        with contextlib.suppress(StartFailed):
             found.append(listen("127.0.0.1", port))
         return bool(found)
 

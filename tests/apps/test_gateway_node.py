@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import msgspec
 import pytest
 
-from fallow.apps.gateway import calls as gateway_calls
+from fallow.apps.gateway import attempts as gateway_attempts
 from fallow.apps.node import job as node_job
 from fallow.apps.node import jobs as node_jobs
 from fallow.apps.node.outlet import ALIVE_MS
@@ -322,7 +322,7 @@ async def test_a_large_answer_that_is_held_back_is_whole() -> None:
 # leaving
 @pytest.mark.parametrize("stream", [False, True])
 async def test_a_caller_that_leaves_stops_the_engine(stream: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gateway_calls, "WATCH_AFTER_S", 0.005)
+    monkeypatch.setattr(gateway_attempts, "WATCH_AFTER_S", 0.005)
     async with Network() as network:
         script = Endless()
         served = FakeServed(script, slots=1, waiting_max=0)
@@ -338,7 +338,7 @@ async def test_a_caller_that_leaves_stops_the_engine(stream: bool, monkeypatch: 
 
 
 async def test_a_caller_that_leaves_while_the_call_waits_for_a_slot(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gateway_calls, "WATCH_AFTER_S", 0.005)
+    monkeypatch.setattr(gateway_attempts, "WATCH_AFTER_S", 0.005)
     async with Network() as network:
         script = Endless(b" ")
         served = FakeServed(script, slots=1, waiting_max=1)
@@ -630,7 +630,7 @@ async def test_what_comes_after_a_nodes_end_breaks_nothing() -> None:
 
 
 async def test_an_answer_that_is_too_long_stops_the_node(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gateway_calls, "ANSWER_BYTES_MAX", 10_000)
+    monkeypatch.setattr(gateway_attempts, "ANSWER_BYTES_MAX", 10_000)
     async with Network() as network:
         node = await network.play("node-h")
         call = network.ask()

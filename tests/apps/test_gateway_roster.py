@@ -11,17 +11,18 @@ from fallow.adapters.memory_bus import MemoryBus
 from fallow.apps.gateway import keys
 from fallow.apps.hub.main import KeyDesk
 from fallow.core import credit
+from fallow.core.roster import SUSPECTED_AFTER_MS
 from fallow.model import messages as m
-from fallow.model.errors import InvalidApiKey
+from fallow.model.errors import Failure, InvalidApiKey
 from fallow.model.ids import AttemptId, NodeId, OrgId
 from fallow.model.offer import Offer, Price, Speed
 from fallow.model.receipt import Usage
 from fallow.wire import codec, subjects
 
 if TYPE_CHECKING:  # the same file under the two names by which mypy and pytest know it
-    from tests.apps.one_loop import KEY, FakeServed, Network, beat_of, offer_of, request_of, turns, until
+    from tests.apps.one_loop import KEY, MODEL, FakeServed, Network, beat_of, offer_of, request_of, turns, until
 else:
-    from one_loop import KEY, FakeServed, Network, beat_of, offer_of, request_of, turns, until
+    from one_loop import KEY, MODEL, FakeServed, Network, beat_of, offer_of, request_of, turns, until
 
 pytestmark = pytest.mark.anyio
 
@@ -51,6 +52,100 @@ async def test_a_node_that_falls_silent_is_forgotten() -> None:
         assert set(network.gateway.roster.members()) == {"node-h"}
         network.clock.advance(3_000)
         await until(lambda: not network.gateway.roster.members())
+
+
+def may_be_sent_to(network: Network) -> set[str]:
+    """The nodes that nothing keeps a new call from."""
+    roster = network.gateway.roster
+    [shelf] = roster.market.shelves(MODEL)
+    return {node_id for node_id, row in shelf.row_of.items() if shelf.columns.halt[row] == 0 and node_id not in shelf.on_probation}
+
+
+async def test_a_node_that_misses_a_heartbeat_is_left_aside_until_it_is_heard() -> None:
+    async with Network() as network:
+        silent, other = await network.play("node-a"), await network.play("node-b")
+        network.clock.advance(SUSPECTED_AFTER_MS + 1)
+        await other.beat()
+        await turns()
+        await network.gateway.roster.refresh()
+        assert may_be_sent_to(network) == {"node-b"}
+        assert set(network.gateway.roster.members()) == {"node-a", "node-b"}
+        await silent.beat()
+        await turns()
+        assert may_be_sent_to(network) == {"node-a", "node-b"}
+
+
+async def test_a_gateway_that_hears_nobody_suspects_nobody() -> None:
+    async with Network() as network:
+        for name in ("node-a", "node-b", "node-c"):
+            await network.play(name)
+        network.clock.advance(SUSPECTED_AFTER_MS + 1)
+        await network.gateway.roster.refresh()
+        assert may_be_sent_to(network) == {"node-a", "node-b", "node-c"}
+
+
+@pytest.mark.parametrize("code", ["node_unreachable", "node_silent"])
+async def test_a_node_that_an_attempt_did_not_find_is_suspected_not_forgotten(code: str) -> None:
+    async with Network() as network:
+        node = await network.play("node-a")
+        await network.play("node-b")
+        roster = network.gateway.roster
+        roster.heard(NodeId("node-a"), Failure(code=code, message=""))
+        await roster.refresh()
+        assert set(roster.members()) == {"node-a", "node-b"}
+        assert may_be_sent_to(network) == {"node-b"}
+        network.clock.advance(1_500)  # the back-off is over, but nobody has heard it yet
+        await roster.refresh()
+        assert may_be_sent_to(network) == {"node-b"}
+        await node.beat()
+        await turns()
+        [shelf] = roster.market.shelves(MODEL)
+        assert shelf.on_probation == {"node-a"}
+        roster.heard(NodeId("node-a"), None)
+        assert may_be_sent_to(network) == {"node-a", "node-b"}
+
+
+async def test_who_leaves_is_forgotten_and_comes_back_as_good_as_before() -> None:
+    async with Network() as network:
+        node = await network.play("node-a")
+        await network.play("node-b")
+        network.gateway.roster.heard(NodeId("node-a"), Failure(code="leaving", message=""))
+        assert set(network.gateway.roster.members()) == {"node-b"}
+        await node.beat()
+        await network.knows("node-a")
+        assert may_be_sent_to(network) == {"node-a", "node-b"}
+
+
+async def test_a_node_that_went_away_in_trouble_is_not_as_good_as_new() -> None:
+    """Else it would only have to be restarted."""
+    async with Network() as network:
+        node = await network.play("node-a")
+        await network.play("node-b")
+        network.gateway.roster.heard(NodeId("node-a"), Failure(code="engine_failed", message=""))
+        await node.beat("leave")
+        await turns()
+        await node.beat()
+        await network.knows("node-a")
+        assert may_be_sent_to(network) == {"node-b"}
+
+
+async def test_what_attempts_tell_is_a_nodes_standing() -> None:
+    async with Network() as network:
+        await network.play("node-a")
+        roster, node_id = network.gateway.roster, NodeId("node-a")
+        roster.heard(node_id, None, promised_s=1.0, took_s=1.9)
+        roster.heard(node_id, None, promised_s=1.0, took_s=2.1)
+        roster.heard(node_id, None, promised_s=1.0, took_s=1.0, kept=False)
+        roster.heard(node_id, None)
+        roster.heard(node_id, None, left=True)
+        for code in ("yielding", "busy", "invalid_request", "broker_lost"):
+            roster.heard(node_id, Failure(code=code, message=""))
+        standing = roster.standing(node_id)
+        assert (standing.ends, standing.faults, standing.promises, standing.kept) == (4.0, 0.0, 3.0, 1.0)
+        assert may_be_sent_to(network) == {"node-a"}
+        roster.heard(node_id, Failure(code="engine_stalled", message=""))
+        assert roster.standing(node_id).faults == 1.0
+        assert may_be_sent_to(network) == set()
 
 
 async def test_a_heartbeat_that_names_another_node_than_its_subject_is_ignored() -> None:

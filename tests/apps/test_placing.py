@@ -7,7 +7,7 @@ import msgspec
 import pytest
 
 from fallow.adapters.memory_bus import MemoryBus
-from fallow.apps.gateway.calls import Outcome
+from fallow.apps.gateway.attempts import Outcome
 from fallow.apps.gateway.demand import MODELS_PER_MESSAGE, DemandCount
 from fallow.apps.hub.listening import HubRoster
 from fallow.apps.hub.placing import REPEAT_MS, REPORTS_MAX, Placing

@@ -1,7 +1,6 @@
 """Requests that come again under an `Idempotency-Key`: one run, one answer for all, within limits, whoever leaves."""
 
 import asyncio
-import json
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
@@ -11,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fallow.apps.gateway import repeats as repeats_module
+from fallow.apps.gateway.attempts import Origin
 from fallow.apps.gateway.caller import CallerGone, HttpCaller, Receive, Scope, Send
-from fallow.apps.gateway.calls import Origin
 from fallow.apps.gateway.errors import status_of
 from fallow.apps.gateway.metrics import Metrics
 from fallow.apps.gateway.repeats import PIECE_BYTES, Repeats
@@ -23,12 +22,13 @@ from fallow.model.errors import EngineStalled, Failure, FallowError, InvalidRequ
 from fallow.model.ids import KeyId, NodeId, OrgId
 from fallow.model.offer import Price
 from fallow.model.quote import Place, Quote
+from fallow.model.receipt import Usage
 from fallow.wire.openai import CHAT, MESSAGES
 
 if TYPE_CHECKING:  # the same file under the two names by which mypy and pytest know it
-    from tests.apps.one_loop import Asgi, turns, until
+    from tests.apps.one_loop import KEY, Asgi, FakeServed, Network, turns, until
 else:
-    from one_loop import Asgi, turns, until
+    from one_loop import KEY, Asgi, FakeServed, Network, turns, until
 
 pytestmark = pytest.mark.anyio
 
@@ -642,8 +642,48 @@ async def test_what_is_forgotten_while_it_is_read_is_read_to_its_end(monkeypatch
     assert app.repeats.bytes == 0
 
 
-async def test_an_error_in_json() -> None:
-    """The answers of a repeat are what clients read, not only bytes that are equal."""
-    app = App(fails("engine_failed", node_asked=True))
-    await app.ask().done()
-    assert json.loads((await app.ask().done()).body)["error"]["code"] == "engine_failed"
+# in the gateway
+def ask(network: Network, key: str, *, stream: bool = False) -> Asgi:
+    body = b'{"model":"tiny","stream":%s}' % str(stream).lower().encode()
+    return Asgi(network.gateway.app, CHAT, body, {"authorization": f"Bearer {KEY}", "idempotency-key": key}, "POST")
+
+
+async def test_a_node_is_asked_once_and_goes_on_when_the_caller_leaves() -> None:
+    async with Network() as network:
+        node = await network.play("node-a")
+        first = ask(network, "k", stream=True)
+        request = await node.request()
+        await node.say(request, m.Part(index=0, data=PIECES[0], head=EVENTS_HEAD))
+        await until(lambda: first.body == PIECES[0])
+        beside = ask(network, "k", stream=True)
+        await until(lambda: beside.body == PIECES[0])
+        first.gone.set()
+        await turns()
+        await node.say(request, m.Part(index=1, data=PIECES[1]))
+        await node.say(request, m.Final(index=2, data=PIECES[2], usage=Usage(prompt_tokens=7, output_tokens=3)))
+        await first.done()
+        after = await ask(network, "k", stream=True).done()
+        assert (await beside.done()).body == after.body == b"".join(PIECES[:3])
+        assert beside.headers == after.headers
+        assert node.requests.empty()
+        assert node.heard_of(m.Cancel) == []
+        story = (await network.get(f"/v1/calls/{after.headers['fallow-call']}")).json
+        assert (story["status"], len(story["attempts"]), story["output_tokens"]) == ("done", 1, 3)
+
+
+async def test_the_gateways_answers_to_keys() -> None:
+    async with Network() as network:
+        await network.add("node-a", FakeServed())
+        are_same(await ask(network, "k").done(), await ask(network, "k").done())
+        other = await ask(network, "k", stream=True).done()
+        assert (other.status, other.code) == (409, "idempotency_conflict")
+        assert (await ask(network, "").done()).status == 400
+        assert not network.gateway.history._running, "a repeat leaves no story that never ends"
+
+
+async def test_a_retry_after_a_refusal_reaches_a_node() -> None:
+    async with Network() as network:
+        refused = await ask(network, "k").done()
+        assert refused.status >= 400
+        await network.add("node-a", FakeServed())
+        assert (await ask(network, "k").done()).status == 200

@@ -11,12 +11,17 @@ from fallow.core.roster import (
     BEAT_MS,
     BEATS_MISSED_MAX,
     GONE_AFTER_MS,
+    SUSPECTED_AFTER_MS,
     Member,
+    Stage,
+    doubt,
     hear,
     is_consistent,
     is_gone,
     is_stranger,
     load_of,
+    stage,
+    suspects,
 )
 from fallow.model.card import Card, Hardware
 from fallow.model.ids import NodeId, OrgId
@@ -168,6 +173,72 @@ def test_a_stranger_becomes_known_by_its_card() -> None:
 def test_is_gone(state: NodeState, silent_ms: int, gone: bool) -> None:
     member = Member(sequence=1, heard_at_ms=77, state=state)
     assert is_gone(member, now_ms=77 + silent_ms) is gone
+
+
+@pytest.mark.parametrize(
+    ("state", "silent_ms", "doubted", "found"),
+    [
+        ("run", 0, False, "here"),
+        ("run", BEAT_MS, False, "here"),
+        ("run", SUSPECTED_AFTER_MS, False, "here"),  # one beat missed, and the next isn't even late
+        ("run", SUSPECTED_AFTER_MS + 1, False, "suspected"),
+        ("pause", SUSPECTED_AFTER_MS + 1, False, "suspected"),
+        ("run", GONE_AFTER_MS, False, "suspected"),
+        ("run", GONE_AFTER_MS + 1, False, "gone"),
+        ("run", 0, True, "suspected"),
+        ("run", GONE_AFTER_MS, True, "suspected"),
+        ("run", GONE_AFTER_MS + 1, True, "gone"),
+        ("leave", 0, False, "gone"),
+        ("leave", 0, True, "gone"),
+    ],
+)
+def test_stage(state: NodeState, silent_ms: int, doubted: bool, found: Stage) -> None:
+    member = Member(sequence=1, heard_at_ms=77, state=state, doubted=doubted)
+    assert stage(member, now_ms=77 + silent_ms) == found
+
+
+def test_between_the_first_missed_beat_and_the_last_there_is_time() -> None:
+    assert BEAT_MS < SUSPECTED_AFTER_MS < 2 * BEAT_MS < GONE_AFTER_MS
+
+
+def test_only_a_newer_heartbeat_ends_a_doubt() -> None:
+    doubted = doubt(KNOWN)
+    assert stage(doubted, now_ms=1_000) == "suspected"
+    assert (doubted.card, doubted.offers, doubted.heard_at_ms) == (KNOWN.card, KNOWN.offers, KNOWN.heard_at_ms)
+    assert stage(hear(doubted, beat(10), now_ms=1_001), now_ms=1_001) == "suspected"
+    assert stage(hear(doubted, beat(11), now_ms=1_001), now_ms=1_001) == "here"
+
+
+def crowd(silent: int, there: int, doubted: int = 0, gone: int = 0) -> dict[NodeId, Member]:
+    """Nodes as of 10 s, named by what they are."""
+    kinds = {
+        "silent": (silent, 10_000 - SUSPECTED_AFTER_MS - 1, False),
+        "there": (there, 9_999, False),
+        "doubted": (doubted, 9_999, True),
+        "gone": (gone, 10_000 - GONE_AFTER_MS - 1, True),
+    }
+    return {
+        NodeId(f"{name}-{at}"): Member(sequence=1, heard_at_ms=heard_at_ms, state="run", doubted=is_doubted)
+        for name, (count, heard_at_ms, is_doubted) in kinds.items()
+        for at in range(count)
+    }
+
+
+@pytest.mark.parametrize(
+    ("members", "found"),
+    [
+        (crowd(0, 0), set()),
+        (crowd(0, 3), set()),
+        (crowd(1, 1), {"silent-0"}),
+        (crowd(2, 3, 1), {"silent-0", "silent-1", "doubted-0"}),
+        (crowd(1, 3, 0, 1), {"silent-0"}),
+        pytest.param(crowd(1, 0), set(), id="the only one: it may be us"),
+        pytest.param(crowd(3, 2), set(), id="most at once: it is us"),
+        pytest.param(crowd(3, 1, 1), {"doubted-0"}, id="what an attempt told holds all the same"),
+    ],
+)
+def test_suspects(members: dict[NodeId, Member], found: set[str]) -> None:
+    assert suspects(members, now_ms=10_000) == found
 
 
 def test_three_beats_may_be_missed_and_the_fourth_not() -> None:

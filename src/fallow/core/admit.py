@@ -21,6 +21,7 @@ LEASE_MS = 15_000
 GATEWAY_CALLS_MAX = 2_000
 GATEWAY_BODIES_BYTES_MAX = 256 * 1024 * 1024
 GATEWAY_RETRY_AFTER_MS = 1_000
+"""What is said while nobody can tell when a call will end."""
 
 
 class Desk(msgspec.Struct, frozen=True, kw_only=True):
@@ -71,12 +72,15 @@ def is_abandoned(leased_at_ms: int, *, now_ms: int) -> bool:
     return now_ms - leased_at_ms > LEASE_MS
 
 
-def admit_call(*, calls: int, bodies_bytes: int, size: int) -> Failure | None:
-    """None if a gateway that answers `calls` and holds `bodies_bytes` takes one more call with a body of `size`."""
+def admit_call(*, calls: int, bodies_bytes: int, size: int, retry_after_ms: int = GATEWAY_RETRY_AFTER_MS) -> Failure | None:
+    """None if a gateway that answers `calls` and holds `bodies_bytes` takes one more call with a body of `size`.
+
+    `retry_after_ms` is when there will probably be a place.
+    """
     if calls >= GATEWAY_CALLS_MAX:
-        text = f"this gateway already answers {GATEWAY_CALLS_MAX} calls"
-        return Failure(code="too_many_calls", message=text, retry_after_ms=GATEWAY_RETRY_AFTER_MS)
+        text = f"this gateway already answers {GATEWAY_CALLS_MAX} calls, its limit; wait for one to end, or ask another gateway"
+        return Failure(code="too_many_calls", message=text, retry_after_ms=retry_after_ms)
     if bodies_bytes + size > GATEWAY_BODIES_BYTES_MAX:
-        text = f"this gateway already holds {bodies_bytes} bytes of request bodies"
-        return Failure(code="too_many_calls", message=text, retry_after_ms=GATEWAY_RETRY_AFTER_MS)
+        text = f"this gateway already holds {bodies_bytes} bytes of request bodies; the limit is {GATEWAY_BODIES_BYTES_MAX}"
+        return Failure(code="too_many_calls", message=text, retry_after_ms=retry_after_ms)
     return None

@@ -194,17 +194,15 @@ class Fair:
         assert share.running > 0, "a call ends once"
         share.running -= 1
         self.running -= 1
-        if wrote is None:  # or else who leaves just before the end would pay for no answer
-            output = lasted_s * self._tokens_per_s
-        else:
-            output = wrote
-            self._tokens_per_s += LEARN_RATE * (wrote / max(lasted_s, 1e-3) - self._tokens_per_s)
         used = prompt if read is None else read
-        share.counter += (W_IN * (used - prompt) + W_OUT * output) / share.weight
+        output = lasted_s * self._tokens_per_s if wrote is None else wrote  # or who leaves just before the end would pay for no answer
         cost = W_IN * used + W_OUT * output
-        self._cost += LEARN_RATE * (cost - self._cost)
-        self._largest = max(cost, FADE * self._largest)
-        if wrote is not None or lasted_s >= ATTEMPT_S_MIN:
+        share.counter += (cost - W_IN * prompt) / share.weight
+        if wrote is not None and cost > 0:
+            self._tokens_per_s += LEARN_RATE * (wrote / max(lasted_s, 1e-3) - self._tokens_per_s)
+            self._cost += LEARN_RATE * (cost - self._cost)
+            self._largest = max(cost, FADE * self._largest)
+        if (wrote is not None and cost > 0) or lasted_s >= ATTEMPT_S_MIN:
             self.mean_s = lasted_s if self.mean_s is None else self.mean_s + LEARN_RATE * (lasted_s - self.mean_s)
         self._rest(key, share, now_s)
 

@@ -1,7 +1,6 @@
 """What it means that a request comes again under the same `Idempotency-Key`, and which answers are kept for that."""
 
 import hashlib
-import re
 from collections.abc import Sequence
 
 import msgspec
@@ -22,10 +21,6 @@ KEPT_MS = 60 * 60_000
 FULL_RETRY_AFTER_MS = 1_000
 TRY_AGAIN = frozenset({401, 408, 429, 503})
 """Statuses that invite the caller to try the same once more."""
-
-_QUOTED = re.compile(r'"((?:[ !#-\[\]-~]|\\["\\])*)" *(?:;[ -~]*)?')
-"""A string of RFC 8941; what parameters may follow mean nothing here."""
-_PRINTABLE = re.compile(r"[ -~]*")
 
 
 class Known(msgspec.Struct, frozen=True, kw_only=True):
@@ -68,18 +63,16 @@ def read_key(lines: Sequence[bytes]) -> str | Failure | None:
     text = lines[0].decode("latin-1").strip(" \t")
     if len(lines) > 1:
         return _wrong("came more than once")
-    if not _PRINTABLE.fullmatch(text):
+    if not (text.isascii() and text.isprintable()):
         return _wrong("holds something else than printable ASCII")
-    if text.startswith('"'):
-        quoted = _QUOTED.fullmatch(text)
-        if quoted is None:
-            return _wrong('begins with a quote and is no quoted string, such as "8e03978e-40d5"')
-        text = re.sub(r"\\(.)", r"\1", quoted[1])
-    if not text:
+    key = _unquoted(text) if text.startswith('"') else text
+    if key is None:
+        return _wrong("begins with a quote and is no quoted string")
+    if not key:
         return _wrong("is empty")
-    if len(text) > KEY_CHARS_MAX:
+    if len(key) > KEY_CHARS_MAX:
         return _wrong(f"is over {KEY_CHARS_MAX} characters")
-    return text
+    return key
 
 
 def digest_of(path: str, body: bytes) -> bytes:
@@ -134,6 +127,26 @@ def fits(size_bytes: int, more_bytes: int) -> bool:
 def is_old(ended_at_ms: int, *, now_ms: int) -> bool:
     """Whether a call that ended then is to be forgotten."""
     return now_ms - ended_at_ms > KEPT_MS
+
+
+def _unquoted(text: str) -> str | None:
+    """What a string of RFC 8941 says, None if it isn't one. Parameters may follow it; they mean nothing here."""
+    said: list[str] = []
+    is_escaped = False
+    for at, char in enumerate(text[1:], 1):
+        if is_escaped:
+            if char not in '"\\':
+                return None
+            is_escaped = False
+            said.append(char)
+        elif char == '"':
+            rest = text[at + 1 :].lstrip(" ")
+            return "".join(said) if rest[:1] in ("", ";") else None
+        elif char == "\\":
+            is_escaped = True
+        else:
+            said.append(char)
+    return None
 
 
 def _wrong(what: str) -> Failure:

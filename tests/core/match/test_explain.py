@@ -172,7 +172,7 @@ def test_when_to_try_again(lents: list[Lent], retry_after_ms: int) -> None:
 
 
 def test_a_refusal_tells_when_the_first_node_has_backed_off() -> None:
-    market, at_s = market_of([Lent(others=4), Lent(node="b", others=4)]), AT_S
+    market = market_of([Lent(others=4), Lent(node="b", others=4)])
     for node, faults in (("node-a", 6), ("b", 4)):
         at_s = AT_S
         for _ in range(faults):

@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 
 from fallow.apps.gateway import errors
-from fallow.apps.gateway.calls import Origin, Outcome
+from fallow.apps.gateway.attempts import Origin, Outcome
 from fallow.apps.gateway.history import Story
 from fallow.apps.gateway.metrics import Metrics
 from fallow.core.admit import BODY_BYTES_MAX

@@ -2,100 +2,51 @@
 
 import asyncio
 import secrets
-from collections.abc import Coroutine
-from typing import Protocol
 
 import msgspec
 
-from fallow.apps.gateway.delivery import MOVED, Delivery
+from fallow.apps.gateway.attempts import Attempts, Caller, Errand, Outcome
+from fallow.apps.gateway.delivery import Delivery
 from fallow.apps.gateway.errors import refused
-from fallow.apps.gateway.exchange import Conversation, Exchange
+from fallow.apps.gateway.exchange import Exchange
 from fallow.apps.gateway.metrics import Metrics
+from fallow.apps.gateway.race import Race
 from fallow.apps.gateway.roster import Roster
-from fallow.core import prefix, relay
+from fallow.core import hedge, prefix
 from fallow.core.match import survey
 from fallow.core.match.decide import match
 from fallow.core.retry import is_gone, try_elsewhere
-from fallow.model import messages as m
-from fallow.model.call import Attempt, Call
-from fallow.model.errors import BrokerLost, Failure
-from fallow.model.ids import AttemptId, NodeId
-from fallow.model.offer import Price
+from fallow.model.call import Call
+from fallow.model.errors import Failure
+from fallow.model.ids import NodeId
 from fallow.model.quote import Place, Refuse, Wait
-from fallow.model.receipt import Usage
 from fallow.ports import Clock
-from fallow.wire import subjects
 
-WATCH_AFTER_S = 0.05
-"""Most calls of a stub are over by then; only longer ones pay for watching the caller."""
-PIECE_BYTES = 5
-"""What a piece of a text takes in a message beside its bytes."""
-ANSWER_BYTES_MAX = 32 * 1024 * 1024
-"""An answer that is held until it is whole."""
-WAITING_MAX = 1_000
-"""Calls that wait here for a better moment; each holds its body."""
-WAITING_RETRY_AFTER_MS = 10_000
 MOVE_S_MAX = 10.0
 MOVE_LOOK_S = 0.25
 """An answer that broke off waits so long for a node that can go on with it, and looks so often."""
-
-
-class Caller(Protocol):
-    """The HTTP side of a call. `load_wait_ms` is how long they are willing to wait for a model to be loaded, if they said so."""
-
-    load_wait_ms: int | None
-
-    def trying(self, origin: "Origin") -> None:
-        """A node is asked."""
-
-    def tried(self, failure: Failure | None) -> None:
-        """It is done with, well or not."""
-
-    def waits(self, why: str) -> None:
-        """The call is asked again in a while."""
-
-    async def begin(self, head: m.Head, origin: "Origin") -> None: ...
-
-    async def write(self, data: bytes) -> None: ...
-
-    async def finish(self, data: bytes, head: m.Head | None, origin: "Origin") -> None: ...
-
-    async def gone(self) -> None:
-        """Return when the caller has closed the connection."""
-
-
-class Origin(msgspec.Struct, frozen=True, kw_only=True):
-    """Where an answer comes from, why, and at what price."""
-
-    node_id: NodeId
-    hardware: str
-    attempts: int
-    place: Place
-    price: Price
-
-
-class Outcome(msgspec.Struct, frozen=True, kw_only=True):
-    """How a call ended. No failure and no usage: the caller left, or the engine didn't count."""
-
-    failure: Failure | None = None
-    usage: Usage | None = None
-    started: bool = False
-    attempts: int = 0
-    node_id: NodeId | None = None
-    left: bool = False
+LOSER_S = 1.0
+"""How long the attempt that lost a race may take to end."""
+WAITING_MAX = 1_000
+"""Calls that wait here for a better moment; each holds its body."""
+WAITING_RETRY_AFTER_MS = 10_000
 
 
 class Calls:
     """Runs calls."""
 
     def __init__(self, exchange: Exchange, roster: Roster, clock: Clock, metrics: Metrics) -> None:
-        self._exchange = exchange
+        self._attempts = Attempts(exchange, roster, clock)
         self._roster = roster
         self._clock = clock
         self._metrics = metrics
         self._salt = secrets.token_bytes(16)
         self._waiting = 0
-        self.group: asyncio.TaskGroup | None = None
+        self._ration = hedge.Ration()
+
+    def use(self, group: asyncio.TaskGroup) -> None:
+        """Where attempts' helpers run."""
+        self._attempts.group = group
 
     async def run(self, call: Call, body: bytes, caller: Caller) -> Outcome:
         """Until the answer is out, the caller left, or nothing can be done."""
@@ -117,22 +68,51 @@ class Calls:
                     await asyncio.sleep(MOVE_LOOK_S)
                     continue
                 failure = failures[-1] if failures else refused(decision, call.needs.model)
-                return Outcome(failure=failure, attempts=len(failures), node_id=last)
+                return Outcome(failure=failure, attempts=len(failures), node_id=last, started=delivery.has_begun)
             last = decision.node_id
             tried.add(last)
-            outcome = await self._attempt(call, decision, body, caller, delivery, number=len(failures) + 1)
+            outcome = await self._try(Errand(call, body, caller, delivery), decision, tried, number=len(failures) + 1)
             caller.tried(outcome.failure)
             if outcome.failure is None:
                 return outcome
             failures = (*failures, outcome.failure)
             self._metrics.attempt_failed(outcome.failure.code)
             if is_gone(outcome.failure):
-                self._roster.forget(last)
+                self._roster.forget(outcome.node_id or last)
             if not try_elsewhere(failures, started=outcome.started, can_continue=outcome.started and delivery.pieces() is not None):
                 return outcome
             if outcome.started:
                 call = msgspec.structs.replace(call, needs=msgspec.structs.replace(call.needs, service_tier="default", strict=False))
                 broke_at_s = self._clock.now_ms() / 1000
+
+    async def _try(self, errand: Errand, place: Place, tried: set[NodeId], *, number: int) -> Outcome:
+        """One attempt; or two at once, if the first token of a priority call is late."""
+        race, call = Race(), errand.call
+        late_ms = None if errand.delivery.has_begun else hedge.after_ms(call, place.quote)
+        if late_ms is None:
+            return await self._attempts.make(errand, place, number=number, race=race)
+        running = {asyncio.create_task(self._attempts.make(errand, place, number=number, race=race))}
+        try:
+            done, _ = await asyncio.wait(running, timeout=late_ms / 1000)
+            ration = hedge.spend(self._ration)
+            if not done and race.winner is None and ration is not None:
+                other = match(call, self._roster.market, tried=tried, now=self._roster.moment(), attempt=number + 1)
+                if isinstance(other, Place):
+                    self._ration = ration
+                    tried.add(other.node_id)
+                    running.add(asyncio.create_task(self._attempts.make(errand, other, number=number + 1, race=race)))
+            outcomes: list[Outcome] = []
+            while running and not any(outcome.failure is None and not outcome.lost for outcome in outcomes):
+                done, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+                outcomes += [task.result() for task in done]
+            if running:
+                await asyncio.wait(running, timeout=LOSER_S)  # it tells its node to stop
+            return next((outcome for outcome in outcomes if not outcome.lost and outcome.failure is None), None) or next(
+                outcome for outcome in outcomes if not outcome.lost
+            )
+        finally:
+            for task in running:
+                task.cancel()
 
     def _known(self, call: Call, body: bytes) -> Call:
         """The call with the fingerprint of its beginning, counted as demand."""
@@ -141,6 +121,7 @@ class Calls:
         demand = survey.wanted(call, self._roster.market, now)
         if demand is not None:
             self._roster.market.asked(call, demand, now_s=now.at_s)
+        self._ration = hedge.earn(self._ration)
         return call
 
     async def _wait(self, decision: Wait, caller: Caller) -> Outcome | None:
@@ -158,121 +139,3 @@ class Calls:
             return None
         finally:
             self._waiting -= 1
-
-    async def _attempt(self, call: Call, place: Place, body: bytes, caller: Caller, delivery: Delivery, *, number: int) -> Outcome:
-        now = self._clock.now_ms()
-        attempt = Attempt(id=AttemptId(secrets.token_hex(16)), call_id=call.id, node_id=place.node_id, number=number, asked_at_ms=now)
-        first_ms, wait_ms = place.quote.first_token_in_ms, caller.load_wait_ms or 0
-        state = relay.ask(now_ms=now, first_token_in_ms=first_ms, keeps=not call.stream, load_wait_ms=wait_ms)
-        conversation = self._exchange.open(attempt, state)
-        card = self._roster.card(place.node_id)
-        market, model = self._roster.market, place.quote.model
-        offer = market.offer(place.node_id, model)
-        hardware, price = card.hardware.summary() if card else "", offer.price if offer else Price()
-        origin = Origin(node_id=place.node_id, hardware=hardware, attempts=number, place=place, price=price)
-        caller.trying(origin)
-        loop = asyncio.get_running_loop()
-        helpers: list[asyncio.Task[None]] = []
-        watch = loop.call_later(WATCH_AFTER_S, lambda: helpers.append(self._spawn(self._watch(conversation, caller))))
-        market.began(attempt.id, call, place.quote, now_s=now / 1000)
-        usage: Usage | None = None
-        try:
-            request = _request(call, model, attempt, body, caller.load_wait_ms, delivery.pieces() if delivery.has_begun else None)
-            await self._exchange.ask(conversation, request)
-            if len(body) > len(request.body):
-                helpers.append(self._spawn(self._send_rest(conversation, body, len(request.body))))
-            outcome = await self._relay(call, conversation, caller, delivery, origin)
-            usage = outcome.usage
-            return outcome
-        except BrokerLost as error:
-            return Outcome(failure=error.failure(), started=delivery.has_begun, attempts=number, node_id=place.node_id)
-        finally:
-            watch.cancel()
-            for helper in helpers:
-                helper.cancel()
-            market.ended(attempt.id, call, usage, now_s=self._clock.now_ms() / 1000)
-            self._exchange.close(conversation)
-            if not conversation.is_over:  # we were cancelled
-                await self._exchange.stop(attempt)
-
-    async def _relay(self, call: Call, conversation: Conversation, caller: Caller, delivery: Delivery, origin: Origin) -> Outcome:
-        """Carry out what the attempt's state asks for, until it is over."""
-        held: list[bytes] = []
-        head: m.Head | None = None
-        end = Outcome(left=True, attempts=origin.attempts, node_id=origin.node_id)
-        while (effect := await conversation.next()) is not None:
-            match effect:
-                case relay.Deliver(data=data):
-                    if call.stream and head is None and effect.head is not None:
-                        self._roster.market.first(conversation.attempt.id, now_s=self._clock.now_ms() / 1000)
-                        await self._begin(caller, delivery, effect.head, origin)
-                    head = head or effect.head
-                    if not call.stream:
-                        held.append(data)
-                        if conversation.taken_bytes + len(data) > ANSWER_BYTES_MAX:
-                            text = f"the answer is over {ANSWER_BYTES_MAX} bytes; stream it"
-                            conversation.hear(relay.Broken(code="answer_too_long", message=text))
-                            continue
-                    elif data:
-                        delivery.add(data)
-                        await caller.write(data)
-                    await self._exchange.took(conversation, len(data))
-                case relay.Finish(usage=usage):
-                    await caller.finish(b"".join(held), head, origin)
-                    return Outcome(usage=usage, started=True, attempts=origin.attempts, node_id=origin.node_id)
-                case relay.Fail(failure=failure):
-                    return self._ended(origin, failure, started=delivery.has_begun)
-                case relay.Stop():
-                    await self._exchange.stop(conversation.attempt)
-                case relay.Ask():
-                    await self._exchange.ping(conversation.attempt)
-        return end
-
-    async def _begin(self, caller: Caller, delivery: Delivery, head: m.Head, origin: Origin) -> None:
-        """The head of the answer; of one that goes on elsewhere, only a word of that."""
-        if not delivery.has_begun:
-            delivery.has_begun = True
-            await caller.begin(head, origin)
-        else:
-            await caller.write(MOVED % origin.node_id.encode())
-
-    def _ended(self, origin: Origin, failure: Failure, *, started: bool) -> Outcome:
-        return Outcome(failure=failure, started=started, attempts=origin.attempts, node_id=origin.node_id)
-
-    async def _watch(self, conversation: Conversation, caller: Caller) -> None:
-        await caller.gone()
-        conversation.hear(relay.CallerLeft())
-
-    async def _send_rest(self, conversation: Conversation, body: bytes, start: int) -> None:
-        try:
-            await self._exchange.send_body(conversation, body, start)
-        except BrokerLost:
-            conversation.hear(relay.BusLost())
-
-    def _spawn(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
-        assert self.group is not None, "calls come only while the gateway runs"
-        return self.group.create_task(work)
-
-
-def _request(
-    call: Call, model: str, attempt: Attempt, body: bytes, load_wait_ms: int | None, delivered: tuple[str, ...] | None
-) -> m.Request:
-    room = subjects.PART_BYTES_MAX
-    if delivered:
-        room -= len("".join(delivered).encode()) + PIECE_BYTES * len(delivered)
-    return m.Request(
-        attempt_id=attempt.id,
-        call_id=call.id,
-        gateway_id=call.gateway_id,
-        org_id=call.org_id,
-        key_id=call.key_id,
-        path=call.path,
-        model=model,
-        stream=call.stream,
-        body_bytes=len(body),
-        body=body if len(body) <= room else body[: max(0, room)],
-        load_wait_ms=load_wait_ms,
-        country=call.country,
-        made_at_s=call.arrived_at_ms // 1000,
-        delivered=delivered,
-    )

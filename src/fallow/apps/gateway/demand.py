@@ -4,7 +4,7 @@ import asyncio
 
 import msgspec
 
-from fallow.apps.gateway.calls import Outcome
+from fallow.apps.gateway.attempts import Outcome
 from fallow.apps.gateway.history import Story
 from fallow.core.demand import is_missed
 from fallow.model import messages as m

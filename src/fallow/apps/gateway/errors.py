@@ -27,6 +27,7 @@ TABLE: dict[str, Status] = {
     "body_timeout": Status(408, "invalid_request_error"),
     "body_too_large": Status(413, "invalid_request_error"),
     "over_limits": Status(400, "invalid_request_error"),
+    "rate_limit_exceeded": Status(429, "rate_limit_error"),
     "too_many_calls": Status(503, "server_error"),
     "no_capacity": Status(503, "server_error"),
     "no_node": Status(503, "server_error"),
@@ -55,7 +56,9 @@ TABLE: dict[str, Status] = {
 }
 MODELS_NAMED_MAX = 20
 RETRY_AFTER_MS = 2_000
-"""For a 503 that doesn't know better."""
+"""For what comes to an end by itself and doesn't know better when."""
+PASSING = (429, 503)
+"""The statuses after which trying the same again can help."""
 _CODES = {
     "busy": "no_capacity",
     "over_context": "context_length_exceeded",
@@ -99,7 +102,7 @@ def status_of(failure: Failure) -> Status:
 
 def retry_after_s(failure: Failure) -> int | None:
     """Whole seconds for `Retry-After`, where trying again can help."""
-    if status_of(failure).http != 503:
+    if status_of(failure).http not in PASSING:
         return None
     return max(1, -(-(failure.retry_after_ms or RETRY_AFTER_MS) // 1000))
 

@@ -1,12 +1,14 @@
 """What happened to calls: told as it happens, packed small when a call is over, forgotten after an hour."""
 
-from collections import deque
+from collections import Counter, deque
+from collections.abc import Callable
 from datetime import UTC, datetime
 from time import perf_counter_ns
 
 import msgspec
 
 from fallow.core.cost import PICO_PER_MICRO, cost_of
+from fallow.core.match.decide import FLEX_RETRY_MS_MAX
 from fallow.core.needs import MICRO
 from fallow.model.errors import shortened
 from fallow.model.ids import CallId, NodeId, OrgId
@@ -14,7 +16,7 @@ from fallow.model.needs import HardwareKind, Ring
 from fallow.model.offer import Price
 from fallow.model.quote import Place, Quote
 from fallow.model.receipt import Usage
-from fallow.model.views import AttemptView, CallState, CallView, QuoteView, Timing
+from fallow.model.views import AttemptView, CallState, CallView, QuoteView, Timing, Waiting, WaitingCall, WaitingList
 from fallow.ports import Clock
 
 ENDED_MAX = 8_192
@@ -23,6 +25,8 @@ KEPT_MS = 60 * 60_000
 MODEL_CHARS_MAX = 64
 """A model's name is the caller's text until somebody offers it."""
 CHANCE_PARTS = 10_000
+LISTED_MAX = 256
+"""Calls in one list of those that wait."""
 COST_DIGITS = 9
 """Decimals of a cost in credits: a token of a small model costs some 1e-7."""
 
@@ -58,7 +62,8 @@ class Try(msgspec.Struct, array_like=True, gc=False):
 class Story(msgspec.Struct, array_like=True, gc=False, kw_only=True):
     """A call from its arrival on. It becomes bytes when the call is over, so nothing in it may refer back to it.
 
-    `price` is what the offer asked that was chosen last, until the cost is known.
+    `price` is what the offer asked that was chosen last, until the cost is known; `again_us` is when a call that waits for a better
+    moment is looked at again, at the latest.
     """
 
     org_id: OrgId
@@ -79,6 +84,7 @@ class Story(msgspec.Struct, array_like=True, gc=False, kw_only=True):
     cost: float | None = None
     wait_why: str | None = None
     wait_began_us: int | None = None
+    again_us: int = 0
     waited_us: int = 0
     ended_at_ms: int = 0
     tries: list[Try] = []
@@ -88,9 +94,10 @@ class Story(msgspec.Struct, array_like=True, gc=False, kw_only=True):
         self.model = shortened(model, MODEL_CHARS_MAX)
         self.streams = streams
 
-    def waits(self, why: str) -> None:
-        """The call is asked again in a while."""
+    def waits(self, why: str, for_ms: int = FLEX_RETRY_MS_MAX) -> None:
+        """The call waits for its turn, or for a better moment and is looked at again after that time."""
         self.wait_why = why
+        self.again_us = self._us() + 1000 * for_ms
         if self.wait_began_us is None:
             self.wait_began_us = self._us()
 
@@ -116,7 +123,7 @@ class Story(msgspec.Struct, array_like=True, gc=False, kw_only=True):
         """The call is over."""
         self.state = "caller_left" if left else "failed" if self.code is not None else "done"
         self.http_status = http_status or None
-        self.waited_us, self.wait_began_us = self._waited_us(), None
+        self.waited_us, self.wait_began_us, self.again_us = self._waited_us(), None, 0
         self.total_us = self._us()
         self.ended_at_ms = now_ms
         if usage is not None:
@@ -130,6 +137,10 @@ class Story(msgspec.Struct, array_like=True, gc=False, kw_only=True):
         """How long the call waited for a better moment; None if it didn't."""
         return None if self.wait_why is None else self._waited_us() / 1000
 
+    def again_s(self) -> float:
+        """How long it takes at most until a call that waits for a better moment is looked at again."""
+        return round(max(0, self.again_us - self._us()) / 1e6, 1)
+
     def _waited_us(self) -> int:
         return self.waited_us + (0 if self.wait_began_us is None else self._us() - self.wait_began_us)
 
@@ -142,10 +153,11 @@ _decode = msgspec.msgpack.Decoder(Story).decode
 
 
 class History:
-    """The stories of this gateway's calls."""
+    """The stories of this gateway's calls. `turn_of` tells what a call can know that waits for its turn."""
 
-    def __init__(self, clock: Clock) -> None:
+    def __init__(self, clock: Clock, turn_of: Callable[[str], Waiting | None] = lambda _: None) -> None:
         self._clock = clock
+        self.turn_of = turn_of
         self._running: dict[str, Story] = {}
         self._ended: dict[str, bytes] = {}
         self._order: deque[str] = deque()
@@ -181,10 +193,44 @@ class History:
             return None
         if story.state != "running" and self._clock.now_ms() - story.ended_at_ms > KEPT_MS:
             return None
-        return _view(CallId(call_id), story)
+        return _view(CallId(call_id), story, self._waiting(call_id, story) if story.state == "running" else None)
+
+    def waiting(self, org_id: OrgId) -> WaitingList:
+        """The organisation's calls that wait."""
+        places = self._places()
+        found: list[WaitingCall] = []
+        total = 0
+        for call_id, story in self._running.items():
+            waiting = (self.turn_of(call_id) or _moment(story, places.get(call_id))) if story.org_id == org_id else None
+            total += waiting is not None
+            if waiting is not None and len(found) < LISTED_MAX:
+                said = msgspec.structs.asdict(waiting)
+                found.append(
+                    WaitingCall(**said, id=CallId(call_id), model=story.model, path=story.path, waited_ms=story.waited_ms() or 0.0)
+                )
+        return WaitingList(data=found, total=total)
+
+    def _waiting(self, call_id: str, story: Story) -> Waiting | None:
+        turn = self.turn_of(call_id)
+        return turn if turn is not None or story.wait_began_us is None else _moment(story, self._places().get(call_id))
+
+    def _places(self) -> dict[str, int]:
+        """The calls that wait for a better moment, each with its place among those for the same model, as they came."""
+        counts: Counter[str | None] = Counter()
+        places: dict[str, int] = {}
+        for call_id, story in self._running.items():
+            if story.wait_began_us is not None and self.turn_of(call_id) is None:
+                counts[story.model] += 1
+                places[call_id] = counts[story.model]
+        return places
 
 
-def _view(call_id: CallId, story: Story) -> CallView:
+def _moment(story: Story, place: int | None) -> Waiting | None:
+    """What a call that waits for a better moment can know."""
+    return None if place is None else Waiting(position=place, estimate_s=story.again_s(), why=story.wait_why or "")
+
+
+def _view(call_id: CallId, story: Story, waiting: Waiting | None) -> CallView:
     predicted, actual = _timing(story)
     return CallView(
         id=call_id,
@@ -204,6 +250,7 @@ def _view(call_id: CallId, story: Story) -> CallView:
         actual=actual,
         waited_ms=story.waited_ms(),
         wait_why=story.wait_why,
+        waiting=waiting,
         attempts=[_attempt(one) for one in story.tries],
     )
 

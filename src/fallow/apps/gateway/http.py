@@ -4,9 +4,11 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 from typing import Any
+from urllib.parse import parse_qs
 
 import msgspec
 
+from fallow.apps.gateway.attempts import Outcome
 from fallow.apps.gateway.caller import CallerGone, HttpCaller, Receive, Scope, Send
 from fallow.apps.gateway.calls import Calls
 from fallow.apps.gateway.demand import DemandCount
@@ -17,18 +19,54 @@ from fallow.apps.gateway.prices import PATH as PRICES
 from fallow.apps.gateway.prices import Prices
 from fallow.apps.gateway.quotes import Quotes
 from fallow.apps.gateway.roster import Roster
-from fallow.core.admit import admit_call
+from fallow.core import allowance
+from fallow.core.admit import GATEWAY_RETRY_AFTER_MS, admit_call
 from fallow.core.needs import needs_of
-from fallow.model.call import Call, Grant
+from fallow.model.call import Allowance, Call, Grant
 from fallow.model.errors import Failure, FallowError
 from fallow.model.ids import GatewayId
 from fallow.ports import Clock
 from fallow.wire import models_api, openai, quote_request, wishes
 
 CLIENT_CLOSED = 499
-
+QUERY_FIELDS_MAX = 8
+_UNLIMITED = Allowance()
 log = logging.getLogger("fallow.gateway")
 _json = msgspec.json.Encoder()
+
+
+class Catalogue:
+    """The models on offer, as OpenAI's and Anthropic's clients list them."""
+
+    def __init__(self, roster: Roster) -> None:
+        self._roster = roster
+
+    def _contexts(self) -> dict[str, int]:
+        """The models on offer, each with the longest context."""
+        found: dict[str, int] = {}
+        for offer in self._roster.offers():
+            found[offer.model] = max(offer.context_tokens, found.get(offer.model, 0))
+        return found
+
+    def all(self, http: HttpCaller) -> Any:
+        """The list that the caller's client reads."""
+        contexts = self._contexts()
+        if http.incoming.header(b"anthropic-version"):
+            return models_api.model_list(contexts)
+        return openai.ModelList(data=[self._listed(name) for name in sorted(contexts)])
+
+    async def one(self, http: HttpCaller, name: str) -> int:
+        """Tell the caller of one model."""
+        context_tokens = self._contexts().get(name)
+        if context_tokens is None:
+            return await http.fail(Failure(code="model_not_found", message=f"the model {name[:200]!r} is not offered here", param="model"))
+        if http.incoming.header(b"anthropic-version"):
+            return await http.reply(200, _json.encode(models_api.model_info(name, context_tokens)))
+        return await http.reply(200, _json.encode(self._listed(name)))
+
+    def _listed(self, name: str) -> openai.Model:
+        paths = {path for offer in self._roster.offers() if offer.model == name for path in offer.paths}
+        return openai.Model(id=name, created=0, owned_by="fallow", endpoints=sorted(paths))
 
 
 class Api:
@@ -50,7 +88,7 @@ class Api:
         self._gateway_id = gateway_id
         self._calls = calls
         self._keys = keys
-        self._roster = roster
+        self._catalogue = Catalogue(roster)
         self._history = history
         self._clock = clock
         self._metrics = metrics
@@ -58,6 +96,8 @@ class Api:
         self._prices = prices
         self._demand = demand
         self._quotes = Quotes(roster)
+        self._accounts = allowance.Accounts()
+        self._all = allowance.NOTHING
         self._bodies_bytes = 0
         self.calls_now = 0
         self.stopping = False
@@ -66,7 +106,7 @@ class Api:
         exchange = HttpCaller(scope, receive, send, self._metrics)
         status = CLIENT_CLOSED
         try:
-            status = await self._answer(exchange)
+            status = await self._answer(exchange, scope)
         except CallerGone:
             pass
         except FallowError as error:
@@ -83,7 +123,7 @@ class Api:
         usage = exchange.outcome.usage
         self._metrics.call_ended(status, usage.prompt_tokens if usage else 0, usage.output_tokens if usage else 0)
 
-    async def _answer(self, http: HttpCaller) -> int:
+    async def _answer(self, http: HttpCaller, scope: Scope) -> int:
         if self.stopping:
             return await http.fail(Failure(code="gateway_stopping", message="the gateway is being stopped"))
         authorization = http.incoming.authorization()
@@ -92,20 +132,33 @@ class Api:
         if path in openai.HEADS or path == quote_request.PATH:
             if method != "POST":
                 return await http.fail(_method(method, "POST"))
-            return await (self._quote(http, grant) if path == quote_request.PATH else self._call(http, grant))
-        if path in (openai.MODELS, PRICES) or path.startswith((openai.MODELS + "/", openai.CALLS + "/", PRICES + "/")):
+            return await self._allowed(http, grant, self._quote if path == quote_request.PATH else self._call)
+        if path == openai.CALLS and method == "GET":
+            return await self._waiting(http, grant, scope["query_string"])
+        if path in (openai.MODELS, openai.CALLS, PRICES) or path.startswith((openai.MODELS + "/", openai.CALLS + "/", PRICES + "/")):
             return await self._look_up(http, grant, path) if method == "GET" else await http.fail(_method(method, "GET"))
         return await http.fail(Failure(code="unknown_path", message=f"there is no {path[:200]}; see /openapi.json for what there is"))
 
     async def _look_up(self, http: HttpCaller, grant: Grant, path: str) -> int:
         if path == openai.MODELS:
-            return await http.reply(200, _json.encode(self._models(http)))
+            return await http.reply(200, _json.encode(self._catalogue.all(http)))
         if path.startswith(openai.CALLS):
             return await self._story(http, grant, path.removeprefix(openai.CALLS + "/"))
         if path.startswith(PRICES):
             found = await self._prices.answer(path)
             return await (http.fail(found) if isinstance(found, Failure) else http.reply(200, found))
-        return await self._model(http, path.removeprefix(openai.MODELS + "/"))
+        return await self._catalogue.one(http, path.removeprefix(openai.MODELS + "/"))
+
+    async def _allowed(self, http: HttpCaller, grant: Grant, answer: Callable[[HttpCaller, Grant], Awaitable[int]]) -> int:
+        """What comes of a request for which the key has room; else it is refused before its body is read, and leaves no story."""
+        key, began_s = (grant.org_id, grant.key_id), self._now_s()
+        refusal = self._accounts.begin(key, grant.allowance, now_s=began_s)
+        if refusal is not None:
+            return await http.fail(refusal)
+        try:
+            return await answer(http, grant)
+        finally:
+            self._accounts.end(key, lasted_s=self._now_s() - began_s)
 
     async def _call(self, http: HttpCaller, grant: Grant) -> int:
         http.story = self._history.begin(http.call_id, grant.org_id, http.incoming.path, began_ns=http.arrived_ns)
@@ -115,7 +168,9 @@ class Api:
             if isinstance(call, Failure):
                 return await http.fail(call)
             self._demand.asked(call)
+            self._spend(call, call.needs.prompt_tokens)
             http.outcome = outcome = await self._calls.run(call, body, http)
+            self._spend(call, _tokens(call, outcome) - call.needs.prompt_tokens)
             self._demand.ended(call, outcome, http.story)
             if outcome.failure is not None:
                 return await http.fail(outcome.failure)
@@ -139,10 +194,14 @@ class Api:
         """The request's body within the limits, and what is made of it."""
         http.load_wait_ms = http.incoming.load_wait_ms()
         size = http.incoming.declared_bytes()
-        refusal = admit_call(calls=self.calls_now, bodies_bytes=self._bodies_bytes, size=size)
+        again_ms = GATEWAY_RETRY_AFTER_MS if self._all.mean_s is None else allowance.next_end_ms(self._all)
+        refusal = admit_call(calls=self.calls_now, bodies_bytes=self._bodies_bytes, size=size, retry_after_ms=again_ms)
         if refusal is not None:
+            self._all = allowance.refused(self._all)
             return await http.fail(refusal)
+        began_s = self._now_s()
         self.calls_now += 1
+        self._all = allowance.begun(self._all, _UNLIMITED, now_s=began_s)
         self._bodies_bytes += size
         try:
             body = await http.incoming.body()
@@ -151,7 +210,14 @@ class Api:
             return await answer(body)
         finally:
             self.calls_now -= 1
+            self._all = allowance.ended(self._all, lasted_s=self._now_s() - began_s)
             self._bodies_bytes -= size
+
+    def _spend(self, call: Call, tokens: int) -> None:
+        self._accounts.spend((call.org_id, call.key_id), call.allowance, tokens, now_s=self._now_s())
+
+    def _now_s(self) -> float:
+        return self._clock.now_ms() / 1000
 
     def _read(self, http: HttpCaller, grant: Grant, path: str, body: bytes, lines: wishes.Lines) -> Call | Failure:
         head = openai.read_head(path, body)
@@ -173,32 +239,19 @@ class Api:
             needs=needs,
             arrived_at_ms=arrived_at_ms,
             country=self._country,
+            allowance=grant.allowance,
         )
 
-    def _contexts(self) -> dict[str, int]:
-        """The models on offer, each with the longest context."""
-        found: dict[str, int] = {}
-        for offer in self._roster.offers():
-            found[offer.model] = max(offer.context_tokens, found.get(offer.model, 0))
-        return found
-
-    def _models(self, http: HttpCaller) -> Any:
-        contexts = self._contexts()
-        if http.incoming.header(b"anthropic-version"):
-            return models_api.model_list(contexts)
-        return openai.ModelList(data=[self._listed(name) for name in sorted(contexts)])
-
-    async def _model(self, http: HttpCaller, name: str) -> int:
-        context_tokens = self._contexts().get(name)
-        if context_tokens is None:
-            return await http.fail(Failure(code="model_not_found", message=f"the model {name[:200]!r} is not offered here", param="model"))
-        if http.incoming.header(b"anthropic-version"):
-            return await http.reply(200, _json.encode(models_api.model_info(name, context_tokens)))
-        return await http.reply(200, _json.encode(self._listed(name)))
-
-    def _listed(self, name: str) -> openai.Model:
-        paths = {path for offer in self._roster.offers() if offer.model == name for path in offer.paths}
-        return openai.Model(id=name, created=0, owned_by="fallow", endpoints=sorted(paths))
+    async def _waiting(self, http: HttpCaller, grant: Grant, query: bytes) -> int:
+        """`/v1/calls?state=waiting`."""
+        try:
+            state = parse_qs(query.decode("ascii"), max_num_fields=QUERY_FIELDS_MAX).get("state", [])
+        except ValueError:
+            state = []
+        if state != ["waiting"]:
+            text = "of your calls those that wait can be listed: `?state=waiting`; one that you know the id of is at /v1/calls/{id}"
+            return await http.fail(Failure(code="invalid_request", message=text, param="state"))
+        return await http.reply(200, _json.encode(self._history.waiting(grant.org_id)))
 
     async def _story(self, http: HttpCaller, grant: Grant, call_id: str) -> int:
         view = self._history.view(call_id, grant.org_id)
@@ -206,6 +259,13 @@ class Api:
             text = "nothing is known of this call; calls are remembered for an hour, by the gateway that took them"
             return await http.fail(Failure(code="call_not_found", message=text))
         return await http.reply(200, _json.encode(view))
+
+
+def _tokens(call: Call, outcome: Outcome) -> int:
+    """What a call took of its key's tokens: what was counted, its prompt if nobody counted, nothing if it failed before an answer."""
+    if outcome.usage is not None:
+        return outcome.usage.prompt_tokens + outcome.usage.output_tokens
+    return 0 if outcome.failure is not None and not outcome.started else call.needs.prompt_tokens
 
 
 def _method(method: str, wanted: str) -> Failure:

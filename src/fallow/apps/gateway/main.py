@@ -54,7 +54,7 @@ class Gateway:
     async def run(self, until: asyncio.Event) -> None:
         """Keep the timers going until told."""
         async with asyncio.TaskGroup() as group:
-            self.calls.group = group
+            self.calls.use(group)
             await self.exchange.start()
             await self.roster.start()
             await self.prices.start()

@@ -6,7 +6,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import msgspec
 
 from fallow.apps.gateway import errors, prices
-from fallow.model.views import CallView, QuoteList
+from fallow.model.views import CallView, QuoteList, WaitingList
 from fallow.wire import messages_request, models_api, openai, quote_request, responses_request, wishes
 from fallow.wire.chat_request import ChatRequest
 from fallow.wire.completions_api import CompletionRequest
@@ -82,16 +82,18 @@ DOORS = (
         envelopes=OURS + THEIRS,
     ),
     Door(openai.MODELS + "/{model}", "get", "One model", answered=(openai.Model, models_api.ModelInfo), envelopes=OURS + THEIRS),
+    Door(openai.CALLS, "get", "The calls of your organisation that wait", answered=(WaitingList,)),
     Door(openai.CALLS + "/{id}", "get", "What happened to a call", answered=(CallView,)),
     Door(prices.PATH, "get", "What a million tokens go for", answered=(prices.PriceList,)),
     Door(prices.PATH + "/{model}", "get", "One model's prices, and how they went", answered=(prices.ModelPrices,)),
 )
 _TYPES = list(dict.fromkeys(t for door in DOORS for t in (*door.asked, *door.answered, *door.envelopes, wishes.Wishes)))
 _LOOK_UP_CODES = ("invalid_api_key", "model_not_found", "call_not_found", "broker_lost", "gateway_stopping", "internal_error")
+_LIST_CODES = ("invalid_request", "invalid_api_key", "broker_lost", "gateway_stopping", "internal_error")
 _NOT_OF_A_CALL = ("call_not_found", "method_not_allowed")
 _QUOTE_CODES = (
     *("invalid_request", "invalid_api_key", "model_not_found", "body_timeout", "body_too_large", "no_node", "too_many_calls"),
-    *("broker_lost", "gateway_stopping", "internal_error"),
+    *("rate_limit_exceeded", "broker_lost", "gateway_stopping", "internal_error"),
 )
 ANSWER_HEADERS = {
     "Fallow-Call": "The call's id.",
@@ -137,6 +139,13 @@ PATH: dict[str, Any] = {
     "required": False,
     "description": "The endpoint that the call is for, where its body doesn't tell.",
     "schema": {"enum": list(openai.HEADS)},
+}
+STATE: dict[str, Any] = {
+    "name": "state",
+    "in": "query",
+    "required": True,
+    "description": "Which calls; those that wait are the ones that can be listed.",
+    "schema": {"enum": ["waiting"]},
 }
 ANTHROPIC_VERSION: dict[str, Any] = {
     "name": "anthropic-version",
@@ -203,6 +212,8 @@ def _operation(door: Door, by_type: dict[Any, Any]) -> dict[str, Any]:
         parameters += (PREFER, *NEEDS) if _is_call(door) else (PATH, PREFER, *NEEDS)
     elif len(door.answered) > 1:
         parameters.append(ANTHROPIC_VERSION)
+    elif door.path == openai.CALLS:
+        parameters.append(STATE)
     if parameters:
         operation["parameters"] = parameters
     return operation
@@ -211,14 +222,15 @@ def _operation(door: Door, by_type: dict[Any, Any]) -> dict[str, Any]:
 def _errors(door: Door, by_type: dict[Any, Any]) -> dict[str, Any]:
     """The errors of a path by status, with the codes that come under each."""
     by_status: defaultdict[int, list[str]] = defaultdict(list)
+    others = _QUOTE_CODES if door.asked else _LIST_CODES if door.path == openai.CALLS else _LOOK_UP_CODES
     for code, status in errors.TABLE.items():
-        if code not in _NOT_OF_A_CALL if _is_call(door) else code in (_QUOTE_CODES if door.asked else _LOOK_UP_CODES):
+        if code not in _NOT_OF_A_CALL if _is_call(door) else code in others:
             by_status[status.http].append(code)
     schema = _one_of(door.envelopes, by_type)
     return {
         str(status): {
             "description": ", ".join(f"`{code}`" for code in codes),
-            "headers": RETRY_AFTER if status == 503 else {},
+            "headers": RETRY_AFTER if status in errors.PASSING else {},
             "content": {"application/json": {"schema": schema}},
         }
         for status, codes in sorted(by_status.items())

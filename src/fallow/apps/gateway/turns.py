@@ -29,6 +29,8 @@ NODE_QUEUE = 1
 """How many calls beyond its slot are sent to a machine that has one, while a single key is active: nobody else could be served
 sooner, and the slot doesn't idle for a round trip. With several slots the others work on meanwhile, and with several keys a call
 that waits at a node waits where sharing isn't fair."""
+BLIP_S = 3.0
+"""How long calls go on waiting while nothing is offered; then matching tells them what is wrong."""
 
 
 class Left(Exception):
@@ -66,6 +68,8 @@ class Lane:
         self.room = self.alone = Room(0, 0)
         self.is_counted = False
         self.used_s = 0.0
+        self.empty_s: float | None = None
+        """Since when nothing is offered, while calls wait."""
 
     def count(self, market: Market) -> None:
         """Look at the offers: live ones give their slots, less what is known to be there or on its way."""
@@ -151,6 +155,10 @@ class Turns:
         lane.moved(1)
         self._wake(lane, now_s)
 
+    def pass_on(self, call: Call) -> None:
+        """The turn wasn't used: it costs the key nothing."""
+        self.give_back(call, Usage())
+
     def changed(self) -> None:
         """Offers or loads changed: look again who may start."""
         now_s = self._clock.now_ms() / 1000
@@ -228,7 +236,7 @@ class Turns:
             return _too_late(lane, limit_s, lane.fair.estimate_s(lane.fair.position(call.id)))
         except BaseException:
             if place.is_given:
-                self.give_back(call, None)
+                self.pass_on(call)
             raise
         finally:
             if not place.is_given:
@@ -246,8 +254,7 @@ class Turns:
             lane.count(self._market)
         while lane.places:
             some = next(iter(lane.places.values())).call
-            room = lane.room_of((some.org_id, some.key_id), now_s)
-            call_id = lane.fair.next(room, now_s=now_s) if room.slots > 0 else lane.fair.next(Room(1, 1), now_s=now_s)
+            call_id = lane.fair.next(self._room(lane, (some.org_id, some.key_id), now_s), now_s=now_s)
             if call_id is None:
                 return
             place = lane.places[call_id]
@@ -257,6 +264,14 @@ class Turns:
             self._hold(place.call, Turn(lane, (place.call.org_id, place.call.key_id), place.call.needs.prompt_tokens, now_s))
             if place.bell is not None and not place.bell.expired():
                 place.bell.reschedule(asyncio.get_running_loop().time())
+
+    def _room(self, lane: Lane, key: KeyName, now_s: float) -> Room:
+        """What the key may use, if it waits alone; where nothing has been offered for a while all may go and be told so."""
+        if lane.room.slots > 0:
+            lane.empty_s = None
+            return lane.room_of(key, now_s)
+        lane.empty_s = now_s if lane.empty_s is None else lane.empty_s
+        return Room(0, int(now_s - lane.empty_s >= BLIP_S))
 
     def _take_out(self, place: Place) -> None:
         key = (place.call.org_id, place.call.key_id)
