@@ -23,6 +23,9 @@ RESTART_S: dict[Death, float] = {"drop": 1.0, "hush": 5.0, "sigkill": 0.0}
 """One that was silent comes back after the gateway's silence timer, else its return would be what is measured."""
 HEARD_GOAL_MS: dict[Death, float] = {"drop": 1_500, "hush": 4_000, "sigkill": 1_500}
 WORDS: dict[Death, str] = {"drop": "broker tells", "hush": "silence", "sigkill": "SIGKILL of `fallow lend`"}
+WARM_SHAPE = Shape(words=10, interval_ms=50, delay_ms=100)
+WARM_ROUNDS = 3
+"""A gateway that has just started knows nothing of its nodes' speed, and prefers those that it has seen."""
 LEFT_ALIVE_MIN = 2
 """So many nodes are never killed at the same time: somebody must be there to go on."""
 
@@ -161,6 +164,9 @@ async def try_kills(site: Site, kills: Kills, *, seed: int = SEED) -> Tried:
     keeper = lent(site, nodes=kills.nodes, slots=kills.slots) if kills.how == "sigkill" else pen(site, nodes=kills.nodes, slots=kills.slots)
     async with keeper as herd:
         reaper = Reaper(herd, site, kills.how)
+        for _ in range(WARM_ROUNDS):
+            calls += await asyncio.gather(*(callers.ask(WARM_SHAPE, site.keys[0]) for _ in range(kills.nodes * kills.slots)))
+        calls.clear()
         for _ in range(kills.waves):
             calls += await wave(site, herd, kills, callers, reaper, draw)
     return Tried(calls=tuple(calls), kills=tuple(reaper.kills), interval_ms=kills.shape.interval_ms, delay_ms=kills.shape.delay_ms)

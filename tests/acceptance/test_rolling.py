@@ -36,18 +36,16 @@ def free_port() -> int:
 
 
 class InTurns(httpx2.BaseTransport):
-    """Each request goes to the next of several gateways, and so does each retry: what a load balancer does at its simplest."""
+    """Each request of a thread goes to the next of several gateways, and so does each retry: a load balancer at its simplest."""
 
     def __init__(self, services: list[Service]) -> None:
         self._inner = httpx2.HTTPTransport()
         self._urls = [httpx2.URL(service.base_url) for service in services]
-        self._lock = threading.Lock()
-        self._turn = 0
+        self._mine = threading.local()
 
     def handle_request(self, request: httpx2.Request) -> httpx2.Response:
-        with self._lock:
-            self._turn += 1
-            url = self._urls[self._turn % len(self._urls)]
+        self._mine.turn = getattr(self._mine, "turn", 0) + 1
+        url = self._urls[self._mine.turn % len(self._urls)]
         request.url = request.url.copy_with(host=url.host, port=url.port)
         return self._inner.handle_request(request)
 
@@ -59,7 +57,7 @@ def say(client: openai.OpenAI, pace: dict[str, str], began: Callable[[str], None
     """One streamed call; raises AssertionError if the answer isn't whole. `began(node)` hears when it begins to come."""
     said: Any = [{"role": "user", "content": "Hi"}]
     raw = client.chat.completions.with_raw_response.create(model=MODEL, messages=said, metadata=pace, stream=True)
-    choices = []
+    choices: list[Any] = []
     for chunk in raw.parse():
         if not choices:
             began(raw.headers["fallow-node"])
@@ -159,7 +157,7 @@ class Site(Apart):
         assert engine.stdout is not None
         url = engine.stdout.readline().decode().split()[1] + "/v1"
         for name in ("node1", "node2"):
-            self.lend(name, "--engine", url, "--slots", "4")
+            self.lend(name, "--engine", url, "--slots", "2")
         self.services = [self._service(name) for name in ("gateway1", "gateway2")]
         self.wait_ready()
 

@@ -2,13 +2,13 @@
 
 import msgspec
 import pytest
+from one_loop import MODEL, Network, PlayedNode, until
 
 from fallow.apps.gateway import calls
 from fallow.core import hedge
 from fallow.model import messages as m
 from fallow.model.errors import Failure
 from fallow.model.receipt import Usage
-from one_loop import MODEL, Network, PlayedNode, until
 
 pytestmark = pytest.mark.anyio
 EVENTS_HEAD = m.Head(status=200, content_type="text/event-stream", engine_us=0)
@@ -71,7 +71,9 @@ async def test_a_stream_of_which_only_the_head_came_is_not_begun_twice() -> None
         assert second.delivered == ()
         await other.say(second, m.Final(index=0, data=END, head=EVENTS_HEAD, usage=USAGE))
         await call.done()
-        assert call.body.startswith(BEGIN) and call.body.count(b'"role"') == 1 and call.body.endswith(END)
+        assert call.body.startswith(BEGIN)
+        assert call.body.count(b'"role"') == 1
+        assert call.body.endswith(END)
 
 
 @pytest.mark.parametrize(
@@ -93,7 +95,8 @@ async def test_what_cannot_be_continued_says_so(data: bytes) -> None:
         await first.say(request, m.Part(index=0, data=data, head=EVENTS_HEAD))
         await first.say(request, m.Final(index=1, failure=YIELDING))
         await call.done()
-        assert call.body.startswith(data) and b"stream_interrupted" in call.body
+        assert call.body.startswith(data)
+        assert b"stream_interrupted" in call.body
         assert not other.requests.qsize()
 
 
@@ -106,7 +109,8 @@ async def test_nobody_can_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
         await node.say(request, m.Part(index=0, data=BEGIN + chunk("Once"), head=EVENTS_HEAD))
         await node.say(request, m.Final(index=1, failure=YIELDING))
         await call.done()
-        assert call.body.startswith(BEGIN + chunk("Once")) and b"stream_interrupted" in call.body
+        assert call.body.startswith(BEGIN + chunk("Once"))
+        assert b"stream_interrupted" in call.body
 
 
 async def test_a_node_that_refuses_to_go_on_is_no_fault_of_the_call() -> None:
@@ -125,7 +129,8 @@ async def test_a_node_that_refuses_to_go_on_is_no_fault_of_the_call() -> None:
         assert again.delivered == ("Once",)
         await last.say(again, m.Final(index=0, data=END, head=EVENTS_HEAD, usage=USAGE))
         await call.done()
-        assert call.body.endswith(END) and b"stream_interrupted" not in call.body
+        assert call.body.endswith(END)
+        assert b"stream_interrupted" not in call.body
 
 
 # hedging

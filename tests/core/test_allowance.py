@@ -52,7 +52,7 @@ OTHER = (OrgId("elsewhere"), KeyId("key-1"))
         pytest.param(
             Account(tokens=6_999.0),
             Allowance(tokens_per_minute=1_000),
-            360_001,
+            359_941,
             ["1000 tokens a minute", "key.tokens_per_minute", "360 s"],
             id="a long answer is paid for until it has run off",
         ),

@@ -42,6 +42,7 @@ PROMISE = settings(derandomize=True, deadline=None, max_examples=100)
 AT_S = 1_000.0
 FAULT = Failed(code="node_silent")
 NODE = NodeId("node-a")
+TOGETHER: list[Event] = [FAULT, Succeeded()]
 
 
 def after(*events: Event, at_s: float = AT_S, known: Standing = NEWCOMER) -> Standing:
@@ -116,11 +117,11 @@ def test_a_newcomer_is_trusted_like_a_good_node() -> None:
 def test_one_fault_is_forgiven_sooner_where_much_went_well() -> None:
     good = after(*100 * [Succeeded()])
     assert trust(after(FAULT)) < trust(after(FAULT, known=good)) == 1.0
-    assert trust(after(*50 * [FAULT, Succeeded()], known=good)) < 0.8
+    assert trust(after(*50 * TOGETHER, known=good)) < 0.8
 
 
 def test_of_what_happened_long_ago_little_is_left() -> None:
-    known = after(*8 * [FAULT, Succeeded()])
+    known = after(*8 * TOGETHER)
     assert faded(known, AT_S + HALF_LIFE_S).faults == pytest.approx(4.0)
     assert faded(known, AT_S + 3 * HALF_LIFE_S).ends == pytest.approx(1.0)
     assert chance(faded(known, AT_S + 30 * HALF_LIFE_S)) == pytest.approx(chance(NEWCOMER))
@@ -131,16 +132,16 @@ def test_honesty() -> None:
     assert honesty(NEWCOMER) is None
     assert honesty(after(FAULT, Succeeded())) is None
     twice, half = Succeeded(promised_s=1.0, took_s=2.0, kept=False), Succeeded(promised_s=1.0, took_s=0.5)
-    assert honesty(after(twice)) == (pytest.approx(2.0), 0.0)
-    assert honesty(after(twice, half)) == (pytest.approx(1.0), 0.5)
-    assert honesty(faded(after(twice, half, half), AT_S + 3 * HALF_LIFE_S)) == (pytest.approx(2 ** (-1 / 3)), pytest.approx(2 / 3))
-    assert honesty(after(Succeeded(promised_s=0.0, took_s=1e9, kept=False))) == (pytest.approx(math.exp(RATIO_LOG_MAX)), 0.0)
+    assert honesty(after(twice)) == pytest.approx((2.0, 0.0))
+    assert honesty(after(twice, half)) == pytest.approx((1.0, 0.5))
+    assert honesty(faded(after(twice, half, half), AT_S + 3 * HALF_LIFE_S)) == pytest.approx((2 ** (-1 / 3), 2 / 3))
+    assert honesty(after(Succeeded(promised_s=0.0, took_s=1e9, kept=False))) == pytest.approx((math.exp(RATIO_LOG_MAX), 0.0))
 
 
 def test_newer_answers_say_more_about_honesty() -> None:
     old, new = Succeeded(promised_s=1.0, took_s=4.0, kept=False), Succeeded(promised_s=1.0, took_s=1.0)
     told = honesty(fold(after(old), new, AT_S + HALF_LIFE_S))
-    assert told == (pytest.approx(4 ** (1 / 3)), pytest.approx(2 / 3))
+    assert told == pytest.approx((4 ** (1 / 3), 2 / 3))
 
 
 @pytest.mark.parametrize(
@@ -156,7 +157,8 @@ def test_a_promise_is_about(promised_s: float, took_s: float, kept: bool) -> Non
 def test_each_fault_in_a_row_doubles_the_back_off(faults: int, seconds: float) -> None:
     known = in_a_row(faults)
     at_s = known.backs_off_until_s - seconds
-    assert (known.in_a_row, fold(in_a_row(faults - 1), FAULT, at_s).backs_off_until_s) == (faults, pytest.approx(at_s + seconds))
+    assert known.in_a_row == faults
+    assert fold(in_a_row(faults - 1), FAULT, at_s).backs_off_until_s == pytest.approx(at_s + seconds)
     assert BACK_OFF_S_MIN <= seconds <= BACK_OFF_S_MAX
 
 
@@ -264,7 +266,8 @@ def test_looking_changes_nothing(history: list[tuple[Event, float]], looks: list
     for more_s in sorted(looks):
         looked = faded(looked, at_s + more_s)
     straight = faded(known, at_s + max(looks, default=0.0))
-    assert (chance(looked), looked.in_a_row) == (pytest.approx(chance(straight)), straight.in_a_row)
+    assert chance(looked) == pytest.approx(chance(straight))
+    assert looked.in_a_row == straight.in_a_row
 
 
 # All of them.

@@ -55,7 +55,7 @@ def admit(account: Account, allowance: Allowance, *, now_s: float) -> Failure | 
         said = f"your key's limit of {allowance.calls_per_minute} calls a minute is used up"
         return _over(said, "calls_per_minute", _ms(over * MINUTE_S / allowance.calls_per_minute))
     if allowance.tokens_per_minute and now.tokens >= allowance.tokens_per_minute:
-        over = now.tokens + 1 - allowance.tokens_per_minute
+        over = now.tokens - allowance.tokens_per_minute
         said = f"your key's limit of {allowance.tokens_per_minute} tokens a minute is used up"
         return _over(said, "tokens_per_minute", _ms(over * MINUTE_S / allowance.tokens_per_minute))
     return None

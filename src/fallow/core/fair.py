@@ -11,7 +11,7 @@ that do, as long as it is ahead of the least by no more than the other slots' wo
 """
 
 from collections import OrderedDict
-from math import ceil
+from math import ceil, floor
 from typing import NamedTuple
 
 import msgspec
@@ -215,9 +215,9 @@ class Fair:
         found = 1 + before
         for share in self._queued.values():
             if share is not mine:
-                gap = counter - share.counter
-                if gap > 0 or (gap == 0 and share.first()[1].number < number):
-                    found += min(share.waiting, max(1, ceil(gap * share.weight / max(1.0, self._cost))))
+                calls = (counter - share.counter) * share.weight / max(1.0, self._cost)
+                is_older = share.first()[1].number < number
+                found += min(share.waiting, max(0, floor(calls) + 1 if is_older else ceil(calls)))
         return found
 
     def estimate_s(self, position: int) -> float | None:

@@ -276,6 +276,20 @@ def test_a_few_calls_find_out_whether_who_often_failed_has_mended() -> None:
     assert node_of(match(call_of(at=much_later), market, now=much_later)) == "node-1"
 
 
+@pytest.mark.parametrize(("stream", "kind"), [(True, "first_token_in_ms"), (False, "end_in_ms")])
+def test_an_attempt_that_ended_is_held_against_its_promise(stream: bool, kind: str) -> None:
+    market, call = market_of(PAIR), call_of(stream=stream)
+    quote = quote_at(market, call, "node-1")
+    market.began("call", call, quote, now_s=AT_S)
+    if stream:  # else nobody tells
+        market.first("call", now_s=AT_S + 2)
+    promised_s, took_s = market.ended("call", call, None, now_s=AT_S + 7)
+    assert (promised_s, took_s) == pytest.approx((getattr(quote, kind) / 1000, 2.0 if stream else 7.0))
+    assert market.ended("call", call, None, now_s=AT_S + 8) == (0.0, None)
+    market.began("mute", call_of(), quote, now_s=AT_S)
+    assert market.ended("mute", call, None, now_s=AT_S + 9)[1] is None
+
+
 # Rings.
 @pytest.mark.parametrize(
     ("org", "card_org", "partners", "ring"),

@@ -131,7 +131,7 @@ class Attempts:
             market.ended(attempt.id, call, usage, now_s=self._clock.now_ms() / 1000)
             self._exchange.close(conversation)
             if not conversation.is_over:  # we were cancelled
-                await self._exchange.stop(attempt)
+                await self._exchange.tell(attempt, m.Cancel(attempt_id=attempt.id))
 
     async def _relay(self, errand: Errand, conversation: Conversation, origin: Origin, race: Race) -> Outcome:
         """Carry out what the attempt's state asks for, until it is over."""
@@ -163,9 +163,9 @@ class Attempts:
                 case relay.Fail(failure=failure):
                     return Outcome(failure=failure, started=delivery.has_begun, attempts=origin.attempts, node_id=origin.node_id)
                 case relay.Stop():
-                    await self._exchange.stop(conversation.attempt)
+                    await self._exchange.tell(conversation.attempt, m.Cancel(attempt_id=conversation.attempt.id))
                 case relay.Ask():
-                    await self._exchange.ping(conversation.attempt)
+                    await self._exchange.tell(conversation.attempt, m.Ping(attempt_id=conversation.attempt.id))
         lost = race.winner not in (None, conversation)
         return Outcome(left=not lost, lost=lost, attempts=origin.attempts, node_id=origin.node_id)
 

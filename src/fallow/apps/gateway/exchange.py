@@ -68,7 +68,7 @@ class Exchange:
 
     async def start(self) -> None:
         await self._bus.subscribe(subjects.answers(self.gateway_id), self._on_answer)
-        self._bus.on_lost(self._on_lost)
+        self._bus.on_lost(lambda: self.end_all(relay.BusLost()))
 
     async def sweep(self, also: Callable[[], Awaitable[None]]) -> None:
         """Drive every timer until cancelled; `also` runs each time."""
@@ -122,21 +122,13 @@ class Exchange:
             conversation.granted_bytes = until
             await self._tell(conversation.attempt.node_id, m.Credit(attempt_id=conversation.attempt.id, until_bytes=until))
 
-    async def ping(self, attempt: Attempt) -> None:
-        """Ask whether the node is still there; the reply subject is the answer's, as in `ask`."""
-        subject = subjects.answer(self.gateway_id, attempt.node_id, attempt.id)
-        try:
-            await self._bus.publish(subjects.control(attempt.node_id), codec.encode(m.Ping(attempt_id=attempt.id)), subject)
-        except BrokerLost:
-            log.debug("not asked: the broker is away")
+    async def tell(self, attempt: Attempt, message: m.ToNode) -> None:
+        """Say something of an attempt; the reply subject is the answer's, as in `ask`."""
+        await self._tell(attempt.node_id, message, subjects.answer(self.gateway_id, attempt.node_id, attempt.id))
 
-    async def stop(self, attempt: Attempt) -> None:
-        """Tell the node that nobody waits any more."""
-        await self._tell(attempt.node_id, m.Cancel(attempt_id=attempt.id))
-
-    async def _tell(self, node_id: NodeId, message: m.ToNode) -> None:
+    async def _tell(self, node_id: NodeId, message: m.ToNode, reply: str = "") -> None:
         try:
-            await self._bus.publish(subjects.control(node_id), codec.encode(message))
+            await self._bus.publish(subjects.control(node_id), codec.encode(message), reply)
         except BrokerLost:
             log.debug("not told: the broker is away")
 
@@ -169,9 +161,6 @@ class Exchange:
         for conversation in list(self._open.values()):
             if conversation.attempt.node_id == node_id:
                 conversation.hear(relay.Unheard())
-
-    def _on_lost(self) -> None:
-        self.end_all(relay.BusLost())
 
     def end_all(self, why: relay.BusLost) -> None:
         """Nothing more can come for any attempt."""

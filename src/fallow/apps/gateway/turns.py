@@ -53,6 +53,12 @@ class Place(msgspec.Struct, kw_only=True):
     call: Call
     bell: asyncio.Timeout | None = None
     is_given: bool = False
+    is_stopped: bool = False
+
+    def ring(self) -> None:
+        """End the wait, if it isn't ending already."""
+        if self.bell is not None and not self.bell.expired():
+            self.bell.reschedule(asyncio.get_running_loop().time())
 
 
 class Lane:
@@ -170,6 +176,12 @@ class Turns:
             else:
                 lane.is_counted = False
 
+    def stop(self) -> None:
+        """The gateway stops: all that wait are told so."""
+        for place in self._places.values():
+            place.is_stopped = True
+            place.ring()
+
     def waiting(self, call_id: str) -> Waiting | None:
         """What a call that waits for its turn can know; None if it doesn't."""
         place = self._places.get(CallId(call_id))
@@ -233,6 +245,8 @@ class Turns:
         except TimeoutError:
             if place.is_given:
                 return None
+            if place.is_stopped:
+                return Failure(code="gateway_stopping", message="the gateway is being stopped")
             return _too_late(lane, limit_s, lane.fair.estimate_s(lane.fair.position(call.id)))
         except BaseException:
             if place.is_given:
@@ -262,8 +276,7 @@ class Turns:
             place.is_given = True
             lane.moved(-1)
             self._hold(place.call, Turn(lane, (place.call.org_id, place.call.key_id), place.call.needs.prompt_tokens, now_s))
-            if place.bell is not None and not place.bell.expired():
-                place.bell.reschedule(asyncio.get_running_loop().time())
+            place.ring()
 
     def _room(self, lane: Lane, key: KeyName, now_s: float) -> Room:
         """What the key may use, if it waits alone; where nothing has been offered for a while all may go and be told so."""

@@ -22,7 +22,7 @@ KINDS: Mapping[str, Mapping[str, bool]] = {
 llama.cpp does so by itself, vLLM (from 0.6.2) if it is told so. Others would begin anew, and the caller would read things twice.
 """
 _LIMITS = ("max_tokens", "max_completion_tokens")
-_OTHER = ("tools", "functions", "response_format", "logprobs", "n")
+_OTHER = ("tools", "functions", "logprobs", "top_logprobs")
 _fields = msgspec.json.Decoder(dict[str, Any])
 
 
@@ -32,7 +32,8 @@ def continued(path: str, body: bytes, past: Past, owner: str) -> bytes:
         raise CannotContinue("the attached server can't go on with another one's answer")
     fields = _fields.decode(body)
     said, count = "".join(past.delivered or ()), len(past.delivered or ())
-    if not fields.get("stream") or any(fields.get(name) not in (None, False, 1, [], {"type": "text"}) for name in _OTHER):
+    is_plain = fields.get("n") in (None, 1) and fields.get("response_format") in (None, {"type": "text"})
+    if not fields.get("stream") or not is_plain or any(fields.get(name) for name in _OTHER):
         raise CannotContinue("tools, schemas, several choices and log probabilities can't be continued elsewhere")
     messages = list(fields.get("messages") or [])
     last = messages[-1] if messages else {}

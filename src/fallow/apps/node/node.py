@@ -194,18 +194,11 @@ class Node:
             case m.Introduce():
                 self._pulse.introduce()
             case m.Ping():
-                self._reassure(message.attempt_id, delivery.reply)
+                lost = Failure(code="attempt_lost", message="the node doesn't know this attempt any more")
+                is_here = self.jobs.find(message.attempt_id) is not None
+                self._spawn(self._answer(delivery.reply, m.Alive() if is_here else m.Final(index=0, failure=lost)))
 
-    def _reassure(self, attempt_id: AttemptId, reply: str) -> None:
-        """A gateway wonders whether we are still at an attempt."""
-        job = self.jobs.find(attempt_id)
-        if job is not None:
-            self._spawn(quietly(functools.partial(job.outlet.say, m.Alive())))
-        else:
-            lost = Failure(code="attempt_lost", message="the node doesn't know this attempt any more")
-            self._spawn(self._answer(reply, m.Final(index=0, failure=lost)))
-
-    async def _answer(self, subject: str, message: m.Final) -> None:
+    async def _answer(self, subject: str, message: m.Final | m.Alive) -> None:
         async def say() -> None:
             await self._bus.publish(subject, codec.encode(message))
 

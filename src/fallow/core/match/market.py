@@ -165,20 +165,26 @@ class Market:
         if booking is not None and shelf is not None and booking.first_s is None:
             shelf.first(booking, now_s=now_s)
 
-    def ended(self, booking_id: str, call: Call, usage: Usage | None, *, now_s: float) -> None:
-        """The call is over on the node; `usage` is None if it came to nothing there."""
+    def ended(self, booking_id: str, call: Call, usage: Usage | None, *, now_s: float) -> tuple[float, float | None]:
+        """The call is over on the node; `usage` is None if it came to nothing there.
+
+        Returns the seconds that were promised and those that it took: to the first token, to the end where nothing told of that one;
+        None if it didn't come to that.
+        """
         booking = self._bookings.pop(booking_id, None)
         if booking is None:
-            return
+            return 0.0, None
         tokens = None if usage is None else usage.output_tokens
         shelf = self._shelves.get(booking.model)
         if shelf is not None:
             shelf.end(booking_id, booking, tokens=tokens, now_s=now_s)
-        if usage is None:
-            return
-        self.prompts.learn(call, usage.prompt_tokens)
-        if usage.output_tokens:
-            self.lengths.learn(call.key_id, booking.model, limit=call.needs.output_tokens_max, tokens=usage.output_tokens)
+        if usage is not None:
+            self.prompts.learn(call, usage.prompt_tokens)
+            if usage.output_tokens:
+                self.lengths.learn(call.key_id, booking.model, limit=call.needs.output_tokens_max, tokens=usage.output_tokens)
+        if not booking.tells_first:
+            return booking.end_s - booking.began_s, now_s - booking.began_s
+        return booking.first_in_s, None if booking.first_s is None else booking.first_s - booking.began_s
 
     # nodes
     def told(self, node_id: NodeId, event: Event, *, now_s: float) -> None:
