@@ -7,6 +7,7 @@ from bench.chain import Chain, running_chain, running_model
 from bench.load import Latencies, chat_body, closed_loop, percentile, run, streams
 from bench.model import tokens_per_s
 from bench.report import Figure, publish
+from bench.steady import publish_all
 
 CALLERS = 16
 PASSES = 5
@@ -119,8 +120,11 @@ async def measure(*, with_model: bool) -> list[Figure]:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench", description="What Fallow adds to an engine")
     parser.add_argument("--no-model", action="store_true", help="leave out the real model")
+    parser.add_argument("--no-steady", action="store_true", help="leave out dying nodes, floods and overload: twenty-five minutes")
     chosen = parser.parse_args()
     publish("chain", run(measure(with_model=not chosen.no_model)))
+    if not chosen.no_steady:
+        publish_all()
 
 
 if __name__ == "__main__":

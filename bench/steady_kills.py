@@ -42,8 +42,9 @@ class Kills(msgspec.Struct, frozen=True, kw_only=True):
     shape: Shape = KILLED_SHAPE
 
 
-FULL = (Kills(how="drop", waves=25), Kills(how="hush", waves=25), Kills(how="sigkill", waves=5, nodes=5, slots=16))
-QUICK = (Kills(how="drop", waves=2), Kills(how="hush", waves=2), Kills(how="sigkill", waves=1, nodes=5, slots=16))
+LENT = Kills(how="sigkill", waves=10, streams=20, victims=2)
+FULL = (Kills(how="drop", waves=25), Kills(how="hush", waves=25), LENT)
+QUICK = (Kills(how="drop", waves=2), Kills(how="hush", waves=2), msgspec.structs.replace(LENT, waves=2, nodes=6))
 
 
 class Killed(NamedTuple):

@@ -111,9 +111,8 @@ class LentHerd:
 
     async def add(self, count: int) -> None:
         """Start so many nodes; their names are their own."""
-        for number in range(count):
-            folder = self._folder / f"n{number}"
-            part, name = await self._lend(folder)
+        folders = [self._folder / f"n{number}" for number in range(count)]
+        for folder, (part, name) in zip(folders, await asyncio.gather(*map(self._lend, folders)), strict=True):
             self._parts[name], self._folders[name] = part, folder
         self.names = tuple(self._parts)
 

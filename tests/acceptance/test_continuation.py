@@ -49,11 +49,12 @@ def chat(service: Service, prompt: str, strike: Strike) -> Told:
     return Told(pieces, ids, tokens)
 
 
-def completion(service: Service, prompt: str, strike: Strike) -> Told:
+def completion(service: Service, _prompt: str, strike: Strike) -> Told:
     pieces: list[str] = []
     ids = set()
     with service.client() as client:
-        stream = client.completions.create(model=MODEL, prompt="1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13,", max_tokens=TOKENS, temperature=0, stream=True)
+        count = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13,"
+        stream = client.completions.create(model=MODEL, prompt=count, max_tokens=TOKENS, temperature=0, stream=True)
         for event in stream:
             ids.add(event.id)
             pieces += [choice.text for choice in event.choices if choice.text]

@@ -197,15 +197,18 @@ async def test_a_stream_that_breaks_in_the_middle_says_so() -> None:
         assert spare.bodies == [], "the caller has a part already"
 
 
-async def test_a_node_that_is_not_there_is_forgotten_and_the_call_goes_on() -> None:
+async def test_a_node_that_is_not_there_is_suspected_and_the_call_goes_on() -> None:
     async with Network() as network:
         await network.add("node-b", FakeServed())
         await network.hand.publish("hb.node-a", codec.encode(beat_of("node-a")))
         await network.knows("node-a")
         call = await network.ask().done()
         assert (call.status, call.headers["fallow-node"], call.headers["fallow-attempts"]) == (200, "node-b", "2")
-        assert set(network.gateway.roster.members()) == {"node-b"}
         assert network.broker.sent_to("n.node-a.req"), "it was asked first"
+        assert network.gateway.roster.members()["node-a"].doubted
+        for _ in range(5):
+            again = await network.ask().done()
+            assert (again.status, again.headers["fallow-node"], again.headers["fallow-attempts"]) == (200, "node-b", "1")
 
 
 async def test_a_model_that_still_loads_tells_how_far_it_is() -> None:

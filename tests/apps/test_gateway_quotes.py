@@ -283,6 +283,7 @@ CODES = {
     "no_nodes": ("no_node", 503),
     "busy": ("no_capacity", 503),
     "engine_failed": ("no_node", 503),
+    "backing_off": ("no_node", 503),
     "already_tried": ("no_node", 503),
     "offer_expired": ("no_node", 503),
     "owner_is_back": ("no_node", 503),

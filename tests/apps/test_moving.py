@@ -1,14 +1,20 @@
 """Calls that move: a stream that breaks off goes on at another node, and a late priority call is sent to a second one."""
 
+from typing import TYPE_CHECKING
+
 import msgspec
 import pytest
-from one_loop import MODEL, Network, PlayedNode, until
 
 from fallow.apps.gateway import calls
 from fallow.core import hedge
 from fallow.model import messages as m
 from fallow.model.errors import Failure
 from fallow.model.receipt import Usage
+
+if TYPE_CHECKING:
+    from tests.apps.one_loop import MODEL, Network, PlayedNode, until
+else:
+    from one_loop import MODEL, Network, PlayedNode, until
 
 pytestmark = pytest.mark.anyio
 EVENTS_HEAD = m.Head(status=200, content_type="text/event-stream", engine_us=0)

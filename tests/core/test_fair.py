@@ -131,6 +131,20 @@ def test_a_light_key_beside_a_flood_never_waits_for_a_long_answer() -> None:
         end(fair, B, 10, now_s=float(n))
 
 
+@pytest.mark.parametrize(("waits", "first"), [(1, "b0"), (2, "a1")])
+def test_who_asks_for_one_call_at_a_time_gets_its_slot_whatever_it_was_given(waits: int, first: str) -> None:
+    fair = Fair()
+    for n in range(9):
+        wait(fair, f"a{n}", A)
+    wait(fair, "paid", B)
+    assert [fair.next(Room(2, 2), now_s=0.0), fair.next(Room(2, 1), now_s=0.0)] == ["a0", "paid"]
+    for n in range(waits):
+        wait(fair, f"b{n}", B)
+    end(fair, B, 1)
+    fair._shares[B].counter += 1_000
+    assert fair.next(Room(2, 1), now_s=0.0) == first
+
+
 # shares
 def test_weights_are_shares() -> None:
     fair = Fair()
@@ -166,7 +180,7 @@ def test_who_leaves_before_the_end_pays_for_the_time() -> None:
     fair = Fair()
     fair.start(A, Room(1, 1), prompt=10, weight=1, now_s=0.0)
     end(fair, A, 1_000, lasted_s=1.0)
-    for name, key in (("b1", B), ("c1", C), ("b2", B), ("c2", C)):
+    for name, key in (("b1", B), ("c1", C), ("b2", B), ("c2", C), ("b3", B), ("c3", C)):
         wait(fair, name, key)
     assert [fair.next(Room(2, 2), now_s=0.0), fair.next(Room(2, 1), now_s=0.0)] == ["b1", "c1"]
     end(fair, B, None, lasted_s=10.0)

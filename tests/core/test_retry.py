@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fallow.core.retry import ATTEMPTS_MAX, ENGINE_FAULTS, ENGINE_FAULTS_MAX, NODE_FAULTS, is_gone, try_elsewhere
+from fallow.core.retry import ATTEMPTS_MAX, ENGINE_FAULTS, ENGINE_FAULTS_MAX, NODE_FAULTS, try_elsewhere
 from fallow.model.errors import Failure
 
 PROMISE = settings(derandomize=True, deadline=None, max_examples=60)
@@ -90,8 +90,3 @@ def test_a_call_visits_few_nodes_and_kills_fewer_engines(fates: list[str]) -> No
     assert len(met) <= ATTEMPTS_MAX
     assert sum(f.code in ENGINE_FAULTS for f in met) <= ENGINE_FAULTS_MAX
     assert all(f.code in PASSING for f in met[:-1])
-
-
-@pytest.mark.parametrize("code", [*PASSING, *CALLERS_OWN, "broker_lost"])
-def test_who_is_gone_is_forgotten(code: str) -> None:
-    assert is_gone(Failure(code=code, message="")) is (code in ("node_unreachable", "leaving"))

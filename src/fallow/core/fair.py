@@ -7,7 +7,8 @@ done differs by no more than 2 * w_out * M, where M is the most tokens under way
 
 Answers are long and slots are few, so two things are added. A slot is kept free for each key that was active lately and has nothing
 here: else a key that floods would let it wait for a long answer each time. And a waiting key that runs nothing goes before those
-that do, as long as it is ahead of the least by no more than the other slots' work, which stays within the bound.
+that do if it asks for one call at a time, or as long as it is ahead of the least by no more than the other slots' work, which stays
+within the bound.
 """
 
 from collections import OrderedDict
@@ -31,7 +32,7 @@ KEYS_MAX = 1_024
 LEARN_RATE = 0.1
 """How far one call moves what is believed of the next."""
 FADE = 0.99
-"""The largest call is forgotten by this factor with every other."""
+"""What is believed of the largest call, and of the pace, is forgotten by this factor with every call."""
 ATTEMPT_S_MIN = 0.1
 """What comes to nothing sooner than that says nothing of how long calls take."""
 COST_GUESS = 500.0
@@ -127,7 +128,7 @@ class Fair:
         self._numbers = 0
         self._cost = COST_GUESS
         self._largest = 0.0
-        self._tokens_per_s = 0.0
+        self._wrote = self._wrote_s = 0.0
 
     def __len__(self) -> int:
         """How many calls wait."""
@@ -174,7 +175,7 @@ class Fair:
 
         def rank(item: tuple[KeyName, Share]) -> tuple[bool, float, int]:
             share = item[1]
-            goes_ahead = not share.running and share.counter <= least + lead / share.weight
+            goes_ahead = not share.running and (share.waiting == 1 or share.counter <= least + lead / share.weight)
             return not goes_ahead, share.counter, share.first()[1].number
 
         key, share = min(self._queued.items(), key=rank)
@@ -195,11 +196,12 @@ class Fair:
         share.running -= 1
         self.running -= 1
         used = prompt if read is None else read
-        output = lasted_s * self._tokens_per_s if wrote is None else wrote  # or who leaves just before the end would pay for no answer
+        pace = self._wrote / self._wrote_s if self._wrote_s else 0.0
+        output = lasted_s * pace if wrote is None else wrote  # or who leaves just before the end would pay for no answer
         cost = W_IN * used + W_OUT * output
         share.counter += (cost - W_IN * prompt) / share.weight
         if wrote is not None and cost > 0:
-            self._tokens_per_s += LEARN_RATE * (wrote / max(lasted_s, 1e-3) - self._tokens_per_s)
+            self._wrote, self._wrote_s = wrote + FADE * self._wrote, lasted_s + FADE * self._wrote_s
             self._cost += LEARN_RATE * (cost - self._cost)
             self._largest = max(cost, FADE * self._largest)
         if (wrote is not None and cost > 0) or lasted_s >= ATTEMPT_S_MIN:

@@ -8,22 +8,24 @@ MOVES_MAX = 5
 ENGINE_FAULTS_MAX = 2
 """A call that kills engines must not walk through the whole network."""
 
-GONE = frozenset({"node_unreachable", "leaving"})
-"""The node isn't there any more; its next heartbeat brings it back."""
-NODE_FAULTS = GONE | {
-    "node_silent",
-    "node_too_slow",
-    "attempt_lost",
-    "answer_gap",
-    "answer_malformed",
-    "body_lost",
-    "busy",
-    "model_loading",
-    "yielding",
-    "model_not_here",
-    "lender_refuses",
-    "cannot_continue",
-}
+NODE_FAULTS = frozenset(
+    {
+        "node_unreachable",
+        "leaving",
+        "node_silent",
+        "node_too_slow",
+        "attempt_lost",
+        "answer_gap",
+        "answer_malformed",
+        "body_lost",
+        "busy",
+        "model_loading",
+        "yielding",
+        "model_not_here",
+        "lender_refuses",
+        "cannot_continue",
+    }
+)
 ENGINE_FAULTS = frozenset({"engine_failed", "engine_stalled"})
 
 
@@ -34,8 +36,3 @@ def try_elsewhere(failures: tuple[Failure, ...], *, started: bool, can_continue:
     if sum(f.code in ENGINE_FAULTS for f in failures) >= ENGINE_FAULTS_MAX:
         return False
     return failures[-1].code in NODE_FAULTS | ENGINE_FAULTS
-
-
-def is_gone(failure: Failure) -> bool:
-    """Whether the failure means that the node left."""
-    return failure.code in GONE

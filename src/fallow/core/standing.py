@@ -33,6 +33,7 @@ FAULTS = frozenset(
         "node_unreachable",
         "node_silent",
         "node_too_slow",
+        "attempt_lost",
         "answer_gap",
         "answer_malformed",
         "body_lost",

@@ -11,11 +11,13 @@ from msgspec.structs import replace
 from fallow.core.match import pick
 from fallow.core.match.decide import FLEX_LEFT, FLEX_PATIENCE_S, FLEX_RETRY_MS, OTHERS_MAX, QUOTES_MAX, match, quotes
 from fallow.core.match.market import Market
+from fallow.core.standing import Failed
 from fallow.model.call import Call
 from fallow.model.ids import NodeId, OrgId
 from fallow.model.needs import Needs, ServiceTier
 from fallow.model.quote import Place, Quote, Refuse, Wait
 from offers import (
+    AT_S,
     CREDIT,
     EXPLORER_ID,
     NOW,
@@ -223,6 +225,69 @@ def test_flex_waits_for_its_own_ring_while_it_can() -> None:
 
 def test_flex_that_prefers_speed_waits_for_nothing_idle() -> None:
     assert node_of(match(call_of(replace(FLEX, prefer="fast")), market_of([replace(GPU, output_price=0)]), now=NOW)) == "gpu"
+
+
+# Where all back off.
+def failed(lents: list[Lent], **faults: int) -> Market:
+    """A market in which nodes failed so often in a row, the last time a moment before NOW."""
+    market = market_of(lents)
+    for node, count in faults.items():
+        at_s = AT_S - 0.001 - sum(min(60, 2**more) for more in range(count - 1))
+        for more in range(count):
+            market.told(NodeId(node), Failed(code="node_silent"), now_s=at_s)
+            at_s += min(60, 2**more)
+    return market
+
+
+RESORT: list[Any] = [
+    pytest.param(PLAIN, [CHEAP], {"cheap": 9}, "cheap", id="the only one, however often it failed"),
+    pytest.param(PLAIN, [CHEAP, DEAR], {"cheap": 3, "dear": 2}, "dear", id="the one that backs off for the shorter time"),
+    pytest.param(PLAIN, [CHEAP, DEAR], {"cheap": 2, "dear": 3}, "cheap", id="the other way round"),
+    pytest.param(PLAIN, [CHEAP, replace(CHEAP, node="quick", decode=40.0)], {"cheap": 1, "quick": 1}, "quick", id="or else the sooner"),
+    pytest.param(PLAIN, [CHEAP, SLOW], {"cheap": 1}, "slow", id="only if there is nobody else"),
+    pytest.param(PLAIN, [CHEAP, replace(DEAR, others=4)], {"cheap": 2, "dear": 1}, "cheap", id="not if it is full as well"),
+    pytest.param(IN_TIME, [SLOWER], {"slower": 1}, "slower", id="late is better than refused here too"),
+    pytest.param(replace(FLEX, deadline_at_ms=WALL_MS), [CHEAP], {"cheap": 2}, "cheap", id="a flex call that can't wait any more"),
+    pytest.param(replace(PLAIN, service_tier="priority"), [CHEAP], {"cheap": 1}, None, id="priority is no probe"),
+    pytest.param(replace(PLAIN, strict=True), [CHEAP], {"cheap": 1}, None, id="nor is strict"),
+]
+
+
+@pytest.mark.parametrize(("needs", "lents", "faults", "taken"), RESORT)
+def test_no_call_is_refused_for_a_back_off_alone(needs: Needs, lents: list[Lent], faults: dict[str, int], taken: str | None) -> None:
+    decision = match(call_of(needs), failed(lents, **faults), now=NOW)
+    assert (decision.node_id if isinstance(decision, Place) else None) == taken
+    assert isinstance(decision, Place) or refused(decision).limit == "backing_off"
+
+
+def test_who_must_be_sure_goes_where_the_back_off_is_over() -> None:
+    """If nobody probes, since all calls are such, the node is not left alone forever."""
+    market, over = failed([CHEAP], cheap=1), later(1)
+    market.refresh(now_s=over.at_s)
+    for needs in (replace(PLAIN, service_tier="priority"), replace(PLAIN, strict=True)):
+        place = placed(match(call_of(needs), market, now=over))
+        assert (place.node_id, place.able, place.why) == ("cheap", 0, "every offer that could take the call backs off; this one is tried")
+    hasty = replace(IN_TIME, strict=True, first_token_within_ms=100)
+    assert refused(match(call_of(hasty), market, now=over)).limit == "backing_off"
+
+
+def test_a_flex_call_waits_while_all_back_off() -> None:
+    assert isinstance(match(call_of(FLEX), failed([CHEAP], cheap=1), now=NOW), Wait)
+
+
+def test_what_was_tried_is_no_resort() -> None:
+    assert refused(match(call_of(), failed([CHEAP], cheap=1), tried=(NodeId("cheap"),), now=NOW)).limit == "already_tried"
+
+
+@PROMISE
+@given(some_needs, some_lents, st.dictionaries(st.sampled_from([f"node-{letter}" for letter in "abcdefgh"]), st.integers(1, 8)))
+def test_a_call_of_the_default_tier_is_never_refused_for_a_back_off(needs: Needs, lents: list[Lent], faults: dict[str, int]) -> None:
+    call = call_of(needs)
+    decision = match(call, failed(lents, **faults), now=NOW)
+    able = {lent.node for lent in lents if may(call, lent)}
+    assert isinstance(decision, Place) == bool(able)
+    if isinstance(decision, Place):
+        assert decision.node_id in (able - faults.keys() or able)
 
 
 # Whatever is offered.

@@ -278,7 +278,7 @@ def test_short_cuts_find_what_a_look_at_everything_finds(needs: Needs, seed: int
     decision = match(call, market, now=NOW)
     for ring, name in enumerate(RINGS):
         able = everything.able_in(name)
-        if able.any() and name in needs.rings:
+        if able is not None and able.any() and name in needs.rings:
             least = float(everything.score[able].min())
             place = placed(decision)
             assert place.able > 0

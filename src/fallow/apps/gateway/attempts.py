@@ -114,6 +114,7 @@ class Attempts:
         watch = loop.call_later(WATCH_AFTER_S, lambda: helpers.append(self._spawn(self._watch(conversation, caller))))
         market.began(attempt.id, call, place.quote, now_s=now / 1000)
         usage: Usage | None = None
+        outcome = Outcome(left=True)  # as if cancelled
         try:
             request = _request(call, model, attempt, body, caller.load_wait_ms, delivery.pieces() if delivery.has_begun else None)
             await self._exchange.ask(conversation, request)
@@ -123,12 +124,15 @@ class Attempts:
             usage = outcome.usage
             return outcome
         except BrokerLost as error:
-            return Outcome(failure=error.failure(), started=delivery.has_begun, attempts=number, node_id=place.node_id)
+            outcome = Outcome(failure=error.failure(), started=delivery.has_begun, attempts=number, node_id=place.node_id)
+            return outcome
         finally:
             watch.cancel()
             for helper in helpers:
                 helper.cancel()
-            market.ended(attempt.id, call, usage, now_s=self._clock.now_ms() / 1000)
+            promised_s, took_s = market.ended(attempt.id, call, usage, now_s=self._clock.now_ms() / 1000)
+            left = outcome.left or outcome.lost
+            self._roster.heard(place.node_id, outcome.failure, left=left, promised_s=promised_s, took_s=took_s)
             self._exchange.close(conversation)
             if not conversation.is_over:  # we were cancelled
                 await self._exchange.tell(attempt, m.Cancel(attempt_id=attempt.id))

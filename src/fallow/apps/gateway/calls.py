@@ -15,7 +15,7 @@ from fallow.apps.gateway.roster import Roster
 from fallow.core import hedge, prefix
 from fallow.core.match import survey
 from fallow.core.match.decide import match
-from fallow.core.retry import is_gone, try_elsewhere
+from fallow.core.retry import try_elsewhere
 from fallow.model.call import Call
 from fallow.model.errors import Failure
 from fallow.model.ids import NodeId
@@ -77,8 +77,6 @@ class Calls:
                 return outcome
             failures = (*failures, outcome.failure)
             self._metrics.attempt_failed(outcome.failure.code)
-            if is_gone(outcome.failure):
-                self._roster.forget(outcome.node_id or last)
             if not try_elsewhere(failures, started=outcome.started, can_continue=outcome.started and delivery.pieces() is not None):
                 return outcome
             if outcome.started:

@@ -24,6 +24,8 @@ TABLE: dict[str, Status] = {
     "unknown_path": Status(404, "invalid_request_error"),
     "call_not_found": Status(404, "invalid_request_error"),
     "method_not_allowed": Status(405, "invalid_request_error"),
+    "idempotency_conflict": Status(409, "invalid_request_error"),
+    "idempotency_answer_too_long": Status(409, "invalid_request_error"),
     "body_timeout": Status(408, "invalid_request_error"),
     "body_too_large": Status(413, "invalid_request_error"),
     "over_limits": Status(400, "invalid_request_error"),
@@ -49,6 +51,8 @@ TABLE: dict[str, Status] = {
     "answer_too_long": Status(502, "server_error"),
     "body_lost": Status(502, "server_error"),
     "caller_too_slow": Status(408, "invalid_request_error"),
+    "attempt_lost": Status(502, "server_error"),
+    "cannot_continue": Status(502, "server_error"),
     "stream_interrupted": Status(502, "server_error"),
     "node_silent": Status(504, "server_error"),
     "node_too_slow": Status(504, "server_error"),
@@ -62,7 +66,7 @@ PASSING = (429, 503)
 _CODES = {
     "busy": "no_capacity",
     "over_context": "context_length_exceeded",
-    **dict.fromkeys(("no_nodes", "engine_failed", "already_tried", "offer_expired", "owner_is_back"), "no_node"),
+    **dict.fromkeys(("no_nodes", "engine_failed", "backing_off", "already_tried", "offer_expired", "owner_is_back"), "no_node"),
 }
 """The public code of each limit of matching; what the caller chose is `over_limits`."""
 

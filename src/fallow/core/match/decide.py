@@ -143,6 +143,9 @@ def _second_best(call: Call, market: Market, questions: Sequence[Question], look
     """Nothing is likely to meet the needs: a strict call is refused, any other goes where it is least late."""
     possible = [look for look in looks if (look.codes == 0).any()]
     if not possible:
+        resort = _last_resort(looks)
+        if resort is not None:
+            return resort
         return explain.refuse(call, market, looks if "market" in call.needs.rings else [survey.everything(q) for q in questions])
     hope = max(float(look.chances.max()) for look in possible)
     found: list[tuple[float, NodeId, Look, int]] = []
@@ -152,6 +155,22 @@ def _second_best(call: Call, market: Market, questions: Sequence[Question], look
         found.append((float(ranks[at]), look.node_id(at), look, at))
     _, node_id, look, at = min(found, key=lambda one: one[:2])
     why = "no offer is likely to meet the call's needs; this one misses them least"
+    return Place(node_id=node_id, quote=quotes_of(look, [at])[0], why=why, able=0)
+
+
+def _last_resort(looks: Sequence[Look]) -> Place | None:
+    """All that could take the call back off: rather than refused, it goes where that is over the soonest. No node is left alone forever."""
+    found: list[tuple[float, float, NodeId, Look, int]] = []
+    for until_s, look in filter(None, map(survey.backing_off, looks)):
+        able = np.flatnonzero(look.codes[look.some] == 0)
+        if len(able):
+            late = survey.lateness(look)[able]
+            at = min(able[late == late.min()].tolist(), key=look.node_id)
+            found.append((until_s, float(late.min()), look.node_id(at), look, at))
+    if not found:
+        return None
+    *_, node_id, look, at = min(found, key=lambda one: one[:3])
+    why = "every offer that could take the call backs off; this one is tried"
     return Place(node_id=node_id, quote=quotes_of(look, [at])[0], why=why, able=0)
 
 
