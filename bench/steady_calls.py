@@ -12,7 +12,7 @@ from bench.load import CHAT_PATH, StreamCaller, Target, connect, decode_chunk, r
 from bench.steady_judge import Cut, Done, Event, Failed, Left, Seen, Text
 from bench.stub_engine import right_answer
 
-CALL_S_MAX = 90.0
+PATIENCE_S = 90.0
 """A call that takes longer is left by its caller."""
 OPEN_MAX = 4_000
 """Calls of one load under way at once; past it, the load generator's own limits would be measured."""
@@ -121,8 +121,8 @@ class Asked:
             events=tuple(witness.events),
         )
 
-    async def go(self, target: Target, request: bytes) -> Seen:
-        """Send it and stay to its end, or as long as a caller's patience lasts."""
+    async def go(self, target: Target, request: bytes, patience_s: float) -> Seen:
+        """Send it and stay to its end, or as long as the caller's patience lasts."""
         self.sent_s = time.perf_counter()
         try:
             self.witness = await connect(target, Witness)
@@ -131,7 +131,7 @@ class Asked:
             return self.seen()
         try:
             self.witness.send(request)
-            async with asyncio.timeout(CALL_S_MAX):
+            async with asyncio.timeout(patience_s):
                 await self.witness.finished
         except TimeoutError:
             self.witness.leave()
@@ -143,7 +143,8 @@ class Asked:
 class Callers:
     """Those who call one gateway. Every call has a prompt of its own, so that no answer can be taken for another's."""
 
-    def __init__(self, base_url: str, *, seed: int, first_token_ms: int | None = None) -> None:
+    def __init__(self, base_url: str, *, seed: int, first_token_ms: int | None = None, patience_s: float = PATIENCE_S) -> None:
+        self._patience_s = patience_s
         self._target = target_of(base_url)
         self._numbers = count()
         self._wishes = {} if first_token_ms is None else {"fallow": {"first_token_ms": first_token_ms}}
@@ -172,7 +173,7 @@ class Callers:
         watch(asked)
         self.under_way += 1
         try:
-            return await asked.go(self._target, request)
+            return await asked.go(self._target, request, self._patience_s)
         finally:
             self.under_way -= 1
 

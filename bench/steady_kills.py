@@ -19,12 +19,11 @@ SEED = 6
 STAGGER_S = 0.5
 """Streams of a wave don't begin in the same millisecond."""
 KILLED_SHAPE = Shape(words=60, interval_ms=50, delay_ms=100)
-RESTART_S: dict[Death, float] = {"drop": 1.0, "hush": 5.0, "sigkill": 0.0}
+RESTART_S: dict[Death, float] = {"drop": 1.0, "hush": 4.0, "sigkill": 0.0}
 """One that was silent comes back after the gateway's silence timer, else its return would be what is measured."""
 HEARD_GOAL_MS: dict[Death, float] = {"drop": 1_500, "hush": 4_000, "sigkill": 1_500}
 WORDS: dict[Death, str] = {"drop": "broker tells", "hush": "silence", "sigkill": "SIGKILL of `fallow lend`"}
 WARM_SHAPE = Shape(words=10, interval_ms=50, delay_ms=100)
-WARM_ROUNDS = 3
 """A gateway that has just started knows nothing of its nodes' speed, and prefers those that it has seen."""
 LEFT_ALIVE_MIN = 2
 """So many nodes are never killed at the same time: somebody must be there to go on."""
@@ -40,6 +39,7 @@ class Kills(msgspec.Struct, frozen=True, kw_only=True):
     slots: int = 8
     victims: int = 4
     shape: Shape = KILLED_SHAPE
+    warm_rounds: int = 3
 
 
 LENT = Kills(how="sigkill", waves=10, streams=20, victims=2)
@@ -165,7 +165,7 @@ async def try_kills(site: Site, kills: Kills, *, seed: int = SEED) -> Tried:
     keeper = lent(site, nodes=kills.nodes, slots=kills.slots) if kills.how == "sigkill" else pen(site, nodes=kills.nodes, slots=kills.slots)
     async with keeper as herd:
         reaper = Reaper(herd, site, kills.how)
-        for _ in range(WARM_ROUNDS):
+        for _ in range(kills.warm_rounds):
             calls += await asyncio.gather(*(callers.ask(WARM_SHAPE, site.keys[0]) for _ in range(kills.nodes * kills.slots)))
         calls.clear()
         for _ in range(kills.waves):

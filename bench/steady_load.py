@@ -10,7 +10,7 @@ import msgspec
 
 from bench.load import percentile
 from bench.report import Figure
-from bench.steady_calls import Callers, Shape, arrivals, open_load
+from bench.steady_calls import PATIENCE_S, Callers, Shape, arrivals, open_load
 from bench.steady_judge import Seen, judge_all, told
 from bench.steady_site import Site, pen, running_site
 
@@ -19,7 +19,6 @@ SHAPE = Shape(words=20, interval_ms=20, delay_ms=300)
 NODES, SLOTS = 8, 4
 CAPACITY_PER_S = NODES * SLOTS / SHAPE.seconds
 """What the stub engines could do at most."""
-WARM_S = 3.0
 WARM_LOAD = 0.5
 
 
@@ -34,9 +33,9 @@ def refusals(calls: Sequence[Seen]) -> str:
     return ", ".join(f"{codes.count(code)} {code}" for code in sorted(set(codes))) or "none refused"
 
 
-async def warm(callers: Callers, site: Site, draw: random.Random) -> list[Seen]:
+async def warm(callers: Callers, site: Site, warm_s: float, draw: random.Random) -> list[Seen]:
     """The gateway learns how fast the nodes are."""
-    return await open_load(callers, SHAPE, site.keys, arrivals(WARM_LOAD * CAPACITY_PER_S, WARM_S, draw))
+    return await open_load(callers, SHAPE, site.keys, arrivals(WARM_LOAD * CAPACITY_PER_S, warm_s, draw))
 
 
 # one key floods
@@ -45,8 +44,10 @@ class Flood(msgspec.Struct, frozen=True, kw_only=True):
 
     alone_s: float
     beside_s: float
+    warm_s: float = 3.0
     settle_s: float = 3.0
     times: float = 10.0
+    patience_s: float = PATIENCE_S
 
 
 FLOOD_FULL = Flood(alone_s=40, beside_s=60)
@@ -73,9 +74,10 @@ async def one_by_one(callers: Callers, key: str, for_s: float) -> list[Seen]:
 async def try_flood(site: Site, flood: Flood, *, seed: int = SEED) -> Flooded:
     """The first key is quiet, the second one floods; every refused flood call is given up."""
     draw = random.Random(f"{seed}/flood")
-    quiet, loud = Callers(site.base_url, seed=draw.getrandbits(32)), Callers(site.base_url, seed=draw.getrandbits(32))
+    quiet = Callers(site.base_url, seed=draw.getrandbits(32))
+    loud = Callers(site.base_url, seed=draw.getrandbits(32), patience_s=flood.patience_s)
     async with pen(site, nodes=NODES, slots=SLOTS):
-        await warm(loud, site, draw)
+        await warm(loud, site, flood.warm_s, draw)
         alone = await one_by_one(quiet, site.keys[0], flood.alone_s)
         times_s = arrivals(flood.times * CAPACITY_PER_S, flood.settle_s + flood.beside_s, draw)
         flooding = asyncio.create_task(open_load(loud, SHAPE, site.keys[1:2], times_s))
@@ -115,10 +117,12 @@ class Overload(msgspec.Struct, frozen=True, kw_only=True):
     sweep_s: float
     span_s: float
     after_s: float
+    warm_s: float = 3.0
     rest_s: float = 2.0
     loads: tuple[float, ...] = (0.8, 1.0, 1.2, 1.5)
     times: float = 5.0
     target_ms: int = 2_000
+    patience_s: float = PATIENCE_S
 
 
 OVERLOAD_FULL = Overload(sweep_s=12, span_s=60, after_s=15)
@@ -166,13 +170,13 @@ def recovery_s(calls: Sequence[Seen], ended_s: float, normal_ms: float) -> float
 async def try_overload(site: Site, overload: Overload, *, seed: int = SEED) -> Overloaded:
     """Sweep for the peak, then overload, then look at the recovery."""
     draw = random.Random(f"{seed}/overload")
-    callers = Callers(site.base_url, seed=draw.getrandbits(32), first_token_ms=overload.target_ms)
+    callers = Callers(site.base_url, seed=draw.getrandbits(32), first_token_ms=overload.target_ms, patience_s=overload.patience_s)
 
     async def load(share: float, for_s: float) -> list[Seen]:
         return await open_load(callers, SHAPE, site.keys, arrivals(share * CAPACITY_PER_S, for_s, draw))
 
     async with pen(site, nodes=NODES, slots=SLOTS):
-        usual = await warm(callers, site, draw)
+        usual = await warm(callers, site, overload.warm_s, draw)
         others = list(usual)
         peaks: list[tuple[float, float]] = []
         for share in overload.loads:

@@ -12,7 +12,8 @@ import httpx2
 import msgspec
 import openai
 import pytest
-from running import FALLOW, Apart, Running, Service, until, wait_ready
+from running import FALLOW, Apart, Running, Service, start_up, until, wait_ready
+from running import MODEL as REAL_MODEL
 
 from fallow.adapters.broker import find_server
 
@@ -255,3 +256,20 @@ def hand_over(site: Site, name: str) -> None:
     assert old.wait(END_S) == 0
     site.services[1] = site._service(name)
     site.wait_ready()
+
+
+def test_up_lets_a_call_go_on_until_it_is_told_twice(weights: None, tmp_path: Path) -> None:
+    service = start_up(tmp_path / "d")
+    up = service.parts["up"]
+    with service.client() as client:
+        stream = iter(client.completions.create(model=REAL_MODEL, prompt="1, 2, 3, 4, 5, 6,", max_tokens=3_000, temperature=0, stream=True))
+        next(stream)
+        up.process.terminate()
+        until(lambda: "calls under way end first" in up.said(), within_s=END_S, what="the word that it takes a while")
+        for _ in zip(range(20), stream, strict=False):
+            pass
+        assert up.process.poll() is None
+        up.process.terminate()
+        with pytest.raises(openai.APIError):
+            list(stream)
+    assert up.process.wait(END_S) == 0

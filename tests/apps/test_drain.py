@@ -13,6 +13,7 @@ import pytest
 
 from fallow.adapters.memory_bus import MemoryBus
 from fallow.apps import run as app
+from fallow.apps.gateway import calls as gateway_calls
 from fallow.apps.gateway import server as gateway_server
 from fallow.apps.gateway.server import listen, make_server
 from fallow.apps.node.node import Node
@@ -164,7 +165,8 @@ async def test_an_owner_who_comes_back_does_not_wait_for_the_drain() -> None:
 
 
 @pytest.mark.anyio
-async def test_a_node_without_a_broker_does_not_wait() -> None:
+async def test_a_node_without_a_broker_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gateway_calls, "MOVE_S_MAX", 0.0)  # nor does the gateway
     async with Network() as network:
         script = Endless()
         async with node_of(network, FakeServed(script)) as one:

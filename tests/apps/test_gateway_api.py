@@ -134,7 +134,7 @@ async def test_a_stream_where_there_is_none(path: str) -> None:
         *((path, "POST", {"content-length": str(2**30)}, 413) for path in ALL if not path.startswith(wire.MESSAGES)),
         *((path, "POST", {"prefer": "wait=soon"}, 400) for path in ALL),
         ("/v1/nothing", "GET", {}, 404),
-        ("/v1/calls", "GET", {}, 404),
+        ("/v1/calls", "GET", {}, 400),
         ("/v1/messages/batches", "POST", {}, 404),
         ("/v1/models/tiny", "DELETE", {}, 405),
         ("/v1/calls/call_1", "POST", {}, 405),

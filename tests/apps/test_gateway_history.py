@@ -100,6 +100,7 @@ async def test_a_call_that_went_well() -> None:
             "cost": 0.0,
             "waited_ms": None,
             "wait_why": None,
+            "waiting": None,
         }
 
 
@@ -421,3 +422,54 @@ def test_a_call_that_waited(monkeypatch: pytest.MonkeyPatch) -> None:
     now_us = 9_250_000
     history.end(call_id, http_status=0, left=True, usage=None)
     assert waited() == (1_750.0, "again")
+
+
+# what a call that waits can know
+def test_calls_that_wait_for_a_better_moment_have_a_place_and_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    now_us = 0
+    monkeypatch.setattr(history_module.Story, "_us", lambda _: now_us)
+    history = History(FakeClock())
+    stories = {}
+    for name, org, model in (
+        ("a", ORG, MODEL),
+        ("b", OrgId("elsewhere"), MODEL),
+        ("c", ORG, "other"),
+        ("d", ORG, MODEL),
+        ("e", ORG, MODEL),
+    ):
+        stories[name] = history.begin(CallId(name), org, CHAT, began_ns=0)
+        stories[name].names(model)
+    for name in "abcd":
+        stories[name].waits("a cheaper offer is busy now", 3_000)
+
+    def told(name: str, org: OrgId = ORG) -> tuple[int, float | None, str] | None:
+        view = history.view(name, org)
+        assert view is not None
+        return None if view.waiting is None else (view.waiting.position, view.waiting.estimate_s, view.waiting.why)
+
+    now_us = 1_000_000
+    why = "a cheaper offer is busy now"
+    assert [told("a"), told("c"), told("d"), told("e")] == [(1, 2.0, why), (1, 2.0, why), (3, 2.0, why), None]
+    assert told("b", OrgId("elsewhere")) == (2, 2.0, why)
+    listed = history.waiting(ORG)
+    assert [(one.id, one.position, one.model, one.waited_ms) for one in listed.data] == [
+        ("a", 1, MODEL, 1_000.0),
+        ("c", 1, "other", 1_000.0),
+        ("d", 3, MODEL, 1_000.0),
+    ]
+    stories["a"].trying(NodeId("node-a"), "", place_of("node-a"), PRICE)
+    assert (told("a"), told("d")) == (None, (2, 2.0, why))
+    now_us = 9_000_000
+    assert told("d") == (2, 0.0, why), "it is about to be looked at"
+    history.end(CallId("d"), http_status=0, left=True, usage=None)
+    assert told("d") is None
+
+
+def test_a_long_list_of_waiting_calls_is_cut_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(history_module, "LISTED_MAX", 2)
+    history = History(FakeClock())
+    for n in range(5):
+        history.begin(CallId(f"call_{n}"), ORG, CHAT, began_ns=0).waits("busy")
+    listed = history.waiting(ORG)
+    assert (len(listed.data), listed.total) == (2, 5)
+    assert history.waiting(OrgId("elsewhere")).total == 0

@@ -13,6 +13,8 @@ import msgspec
 import pytest
 
 from fallow.apps.gateway import attempts as gateway_attempts
+from fallow.apps.gateway import calls as gateway_calls
+from fallow.apps.gateway import turns as gateway_turns
 from fallow.apps.node import job as node_job
 from fallow.apps.node import jobs as node_jobs
 from fallow.apps.node.outlet import ALIVE_MS
@@ -235,7 +237,8 @@ async def test_a_call_is_tried_on_no_more_than_three_nodes() -> None:
 
 
 # limits
-async def test_a_full_network_says_when_to_come_back() -> None:
+async def test_a_full_network_says_when_to_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gateway_turns, "TURN_S_MAX", 0.05)
     async with Network() as network:
         script = Endless(b" ")
         served = FakeServed(script, slots=1, waiting_max=0)
@@ -388,7 +391,8 @@ async def test_a_gateway_that_stops_ends_its_calls_with_a_word(stream: bool) -> 
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_a_broker_that_goes_away_ends_its_calls_with_a_word(stream: bool) -> None:
+async def test_a_broker_that_stays_away_ends_its_calls_with_a_word(stream: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gateway_calls, "MOVE_S_MAX", 0.0)
     async with Network() as network:
         script = Endless()
         served = FakeServed(script)
@@ -406,6 +410,21 @@ async def test_a_broker_that_goes_away_ends_its_calls_with_a_word(stream: bool) 
         network.broker.up = True
         await network.knows("node-a")
         assert (await network.ask().done()).status == 200
+
+
+async def test_a_call_outlives_a_broker_that_comes_back() -> None:
+    async with Network() as network:
+        script = Endless()
+        served = FakeServed(script)
+        await network.add("node-a", served)
+        call = network.ask()
+        await until(lambda: script.wrote > 2)
+        network.broker.stop()
+        await until(lambda: served.inside == 0, what="the node stops its engine")
+        served.play = hello
+        network.broker.up = True
+        await call.done()
+        assert (call.status, call.body, call.headers["fallow-attempts"]) == (200, b'{"text":"hello"}', "2")
 
 
 async def test_a_node_that_leaves_gives_its_calls_to_another() -> None:

@@ -105,6 +105,10 @@ def test_folders_are_those_of_the_user_or_of_the_environment(tmp_path: Path, mon
         ("\n\n[gatway]\nport = 1\n", 3, ["gatway", "no such setting"]),
         ("port = 1\n", 1, ["port", "no such setting"]),
         ("gateway = 5\n", 1, ["gateway", "object"]),
+        ("[key]\nconcurrency = 0\n", 2, ["key.concurrency", "1"]),
+        ("[key]\ncalls_per_minute = -1\n", 2, ["key.calls_per_minute", "0"]),
+        ("[key]\ntokens_per_minute = 1.5\n", 2, ["key.tokens_per_minute", "int"]),
+        ("[key]\nweight = 0\n", 2, ["key.weight", "0.001"]),
     ],
 )
 def test_a_wrong_value_is_named_with_file_line_and_what_was_expected(tmp_path: Path, text: str, line: int, words: list[str]) -> None:

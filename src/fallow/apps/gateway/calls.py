@@ -12,6 +12,7 @@ from fallow.apps.gateway.exchange import Exchange
 from fallow.apps.gateway.metrics import Metrics
 from fallow.apps.gateway.race import Race
 from fallow.apps.gateway.roster import Roster
+from fallow.apps.gateway.turns import Left, Turns
 from fallow.core import hedge, prefix
 from fallow.core.match import survey
 from fallow.core.match.decide import match
@@ -20,11 +21,12 @@ from fallow.model.call import Call
 from fallow.model.errors import Failure
 from fallow.model.ids import NodeId
 from fallow.model.quote import Place, Refuse, Wait
+from fallow.model.receipt import Usage
 from fallow.ports import Clock
 
 MOVE_S_MAX = 10.0
 MOVE_LOOK_S = 0.25
-"""An answer that broke off waits so long for a node that can go on with it, and looks so often."""
+"""So long an answer that broke off waits for a node that can go on with it, and a call for the broker to come back; and looks so often."""
 LOSER_S = 1.0
 """How long the attempt that lost a race may take to end."""
 WAITING_MAX = 1_000
@@ -42,6 +44,7 @@ class Calls:
         self._metrics = metrics
         self._salt = secrets.token_bytes(16)
         self._waiting = 0
+        self.turns = Turns(roster.market, clock)
         self._ration = hedge.Ration()
 
     def use(self, group: asyncio.TaskGroup) -> None:
@@ -55,23 +58,37 @@ class Calls:
         last: NodeId | None = None
         call = self._known(call, body)
         delivery = Delivery(call.path, stream=call.stream)
-        broke_at_s = 0.0
+        broke_at_s, is_lost = 0.0, False
         while True:
-            decision = match(call, self._roster.market, tried=tried, now=self._roster.moment(), attempt=len(failures) + 1)
+            try:
+                full = await self.turns.take(call, caller.gone, caller.waits, at_once=delivery.has_begun)
+            except Left:
+                return Outcome(left=True, attempts=len(failures), node_id=last)
+            if full is not None:
+                return Outcome(failure=failures[-1] if failures else full, attempts=len(failures), node_id=last, started=delivery.has_begun)
+            usage: Usage | None = Usage()
+            try:
+                decision = match(call, self._roster.market, tried=tried, now=self._roster.moment(), attempt=len(failures) + 1)
+                if isinstance(decision, Place):
+                    last = decision.node_id
+                    tried.add(last)
+                    usage = None
+                    outcome = await self._try(Errand(call, body, caller, delivery), decision, tried, number=len(failures) + 1)
+                    usage = outcome.usage
+            finally:
+                self.turns.give_back(call, usage)
             if isinstance(decision, Wait):
-                outcome = await self._wait(decision, caller)
-                if outcome is not None:
-                    return outcome
+                ended = await self._wait(decision, caller)
+                if ended is not None:
+                    return ended
                 continue
             if isinstance(decision, Refuse):
-                if delivery.has_begun and decision.retry_after_ms and self._clock.now_ms() / 1000 - broke_at_s < MOVE_S_MAX:
+                may_pass = decision.retry_after_ms and (delivery.has_begun or is_lost)
+                if may_pass and self._clock.now_ms() / 1000 - broke_at_s < MOVE_S_MAX:
                     await asyncio.sleep(MOVE_LOOK_S)
                     continue
                 failure = failures[-1] if failures else refused(decision, call.needs.model)
                 return Outcome(failure=failure, attempts=len(failures), node_id=last, started=delivery.has_begun)
-            last = decision.node_id
-            tried.add(last)
-            outcome = await self._try(Errand(call, body, caller, delivery), decision, tried, number=len(failures) + 1)
             caller.tried(outcome.failure)
             if outcome.failure is None:
                 return outcome
@@ -79,9 +96,12 @@ class Calls:
             self._metrics.attempt_failed(outcome.failure.code)
             if not try_elsewhere(failures, started=outcome.started, can_continue=outcome.started and delivery.pieces() is not None):
                 return outcome
+            is_lost = outcome.failure.code == "broker_lost"
+            if is_lost:
+                tried.discard(decision.node_id)  # that was no node's doing
+            broke_at_s = self._clock.now_ms() / 1000
             if outcome.started:
                 call = msgspec.structs.replace(call, needs=msgspec.structs.replace(call.needs, service_tier="default", strict=False))
-                broke_at_s = self._clock.now_ms() / 1000
 
     async def _try(self, errand: Errand, place: Place, tried: set[NodeId], *, number: int) -> Outcome:
         """One attempt; or two at once, if the first token of a priority call is late."""

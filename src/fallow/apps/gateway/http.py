@@ -90,6 +90,7 @@ class Api:
         self._keys = keys
         self._catalogue = Catalogue(roster)
         self._history = history
+        history.turn_of = calls.turns.waiting
         self._clock = clock
         self._metrics = metrics
         self._country = country

@@ -67,6 +67,7 @@ class Gateway:
 
     async def _refresh(self) -> None:
         self.history.forget_old()
+        self.calls.turns.changed()
         await self.roster.refresh()
 
     async def drain(self, now: asyncio.Event, within_s: float) -> None:
@@ -80,6 +81,7 @@ class Gateway:
     def end_calls(self) -> None:
         """Take no more calls, and end those under way with a word."""
         self.api.stopping = True
+        self.calls.turns.stop()
         self.exchange.end_all(BusLost(code="gateway_stopping", message="the gateway is being stopped"))
 
 

@@ -233,7 +233,7 @@ class Turns:
             self._wake(lane, self._clock.now_ms() / 1000)
             if place.is_given:
                 return None
-            limit_s = self._limit_s(call)
+            limit_s = _limit_s(call, self._clock.wall_ms())
             estimate_s = lane.fair.estimate_s(lane.fair.position(call.id))
             if estimate_s is not None and estimate_s > limit_s:
                 return _too_late(lane, limit_s, estimate_s)
@@ -256,11 +256,6 @@ class Turns:
             if not place.is_given:
                 self._take_out(place)
                 lane.fair.leave(call.id, now_s=self._clock.now_ms() / 1000)
-
-    def _limit_s(self, call: Call) -> float:
-        limit_s = FLEX_TURN_S_MAX if call.needs.service_tier == "flex" else TURN_S_MAX
-        deadline_at_ms = call.needs.deadline_at_ms
-        return limit_s if deadline_at_ms is None else max(0.0, min(limit_s, (deadline_at_ms - self._clock.wall_ms()) / 1000))
 
     def _wake(self, lane: Lane, now_s: float, *, anew: bool = False) -> None:
         """Let start whoever may."""
@@ -292,6 +287,13 @@ class Turns:
         self._waits[key] -= 1
         if not self._waits[key]:
             del self._waits[key]
+
+
+def _limit_s(call: Call, wall_ms: int) -> float:
+    """How long the call may wait."""
+    limit_s = FLEX_TURN_S_MAX if call.needs.service_tier == "flex" else TURN_S_MAX
+    deadline_at_ms = call.needs.deadline_at_ms
+    return limit_s if deadline_at_ms is None else max(0.0, min(limit_s, (deadline_at_ms - wall_ms) / 1000))
 
 
 def _why(lane: Lane) -> str:

@@ -50,6 +50,7 @@ class Node:
             background = [group.create_task(one.run(), name=f"engine {one.model}") for one in self._served.values()]
             node_id = self.card.node_id
             self._bus.on_lost(self.jobs.give_up)
+            self._bus.on_lost(self._pulse.introduce)
             await self._bus.subscribe(subjects.request(node_id), self._on_request)
             await self._bus.subscribe(subjects.bodies(node_id), self._on_body)
             await self._bus.subscribe(subjects.control(node_id), self._on_control)

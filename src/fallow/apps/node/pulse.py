@@ -59,7 +59,7 @@ class Pulse:
                 full = True
             is_new = self._clock.now_ms() - started < FIRST_BEATS_MS
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(FIRST_BEAT_S if is_new else roster.BEAT_MS / 1000):
+                async with asyncio.timeout(FIRST_BEAT_S if is_new or full else roster.BEAT_MS / 1000):
                     await self._asked.wait()
                 full = True
             self._asked.clear()
