@@ -95,7 +95,8 @@ async def measure_flood(*, quick: bool) -> list[Figure]:
     alone, beside = (percentile(list(map(first_ms, calls)), 95) for calls in (found.alone, found.beside))
     ratio = beside / alone if math.isfinite(beside) else math.nan
     faults = judge_all([*found.alone, *found.beside, *found.flood])
-    served = sum(seen.is_complete for seen in found.flood) / (flood.settle_s + flood.beside_s)
+    span_s = max(seen.ended_s or 0 for seen in found.flood) - found.flood[0].sent_s
+    served = sum(seen.is_complete for seen in found.flood) / span_s
     return [
         Figure(name="one key alone: first token, p95", value=alone, unit="ms", note=f"{len(found.alone)} calls, one at a time"),
         Figure(

@@ -23,7 +23,7 @@ NODE_FAULTS = frozenset(
         "yielding",
         "model_not_here",
         "lender_refuses",
-    "broker_lost",
+        "broker_lost",
         "cannot_continue",
     }
 )

@@ -61,7 +61,7 @@ class Calls:
         broke_at_s, is_lost = 0.0, False
         while True:
             try:
-                full = await self.turns.take(call, caller.gone, caller.waits, at_once=delivery.has_begun)
+                full = await self.turns.take(call, caller.gone, caller.waits, at_once=bool(failures))
             except Left:
                 return Outcome(left=True, attempts=len(failures), node_id=last)
             if full is not None:

@@ -168,6 +168,10 @@ class History:
         self._running[call_id] = story
         return story
 
+    def retract(self, call_id: CallId) -> None:
+        """It was a repeat of another call, whose story is told already."""
+        self._running.pop(call_id, None)
+
     def end(self, call_id: CallId, *, http_status: int, left: bool, usage: Usage | None) -> None:
         """The call is over."""
         story = self._running.pop(call_id)

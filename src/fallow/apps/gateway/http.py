@@ -18,6 +18,7 @@ from fallow.apps.gateway.metrics import Metrics
 from fallow.apps.gateway.prices import PATH as PRICES
 from fallow.apps.gateway.prices import Prices
 from fallow.apps.gateway.quotes import Quotes
+from fallow.apps.gateway.repeats import Repeats
 from fallow.apps.gateway.roster import Roster
 from fallow.core import allowance
 from fallow.core.admit import GATEWAY_RETRY_AFTER_MS, admit_call
@@ -97,6 +98,7 @@ class Api:
         self._prices = prices
         self._demand = demand
         self._quotes = Quotes(roster)
+        self.repeats = Repeats(clock)
         self._accounts = allowance.Accounts()
         self._all = allowance.NOTHING
         self._bodies_bytes = 0
@@ -118,7 +120,9 @@ class Api:
             log.error("call %s broke: %s", exchange.call_id, type(error).__name__)
             status = await exchange.fail(Failure(code="internal_error", message="the gateway failed on this call"))
         finally:
-            if exchange.story is not None:
+            if exchange.is_repeat:
+                self._history.retract(exchange.call_id)
+            elif exchange.story is not None:
                 left = status == CLIENT_CLOSED
                 self._history.end(exchange.call_id, http_status=exchange.status, left=left, usage=exchange.outcome.usage)
         usage = exchange.outcome.usage
@@ -177,7 +181,7 @@ class Api:
                 return await http.fail(outcome.failure)
             return CLIENT_CLOSED if outcome.left else http.status
 
-        return await self._taken(http, run)
+        return await self._taken(http, lambda body: self.repeats.answer(http, grant, body, run))
 
     async def _quote(self, http: HttpCaller, grant: Grant) -> int:
         """A call's body, and what it would cost."""
@@ -189,7 +193,7 @@ class Api:
             found = call if isinstance(call, Failure) else self._quotes.answer(call)
             return await (http.fail(found) if isinstance(found, Failure) else http.reply(200, found))
 
-        return await self._taken(http, tell)
+        return await self._taken(http, lambda body: self.repeats.answer(http, grant, body, tell))
 
     async def _taken(self, http: HttpCaller, answer: Callable[[bytes], Awaitable[int]]) -> int:
         """The request's body within the limits, and what is made of it."""

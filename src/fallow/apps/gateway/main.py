@@ -68,6 +68,7 @@ class Gateway:
     async def _refresh(self) -> None:
         self.history.forget_old()
         self.calls.turns.changed()
+        self.api.repeats.forget_old()
         await self.roster.refresh()
 
     async def drain(self, now: asyncio.Event, within_s: float) -> None:

@@ -6,6 +6,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import msgspec
 
 from fallow.apps.gateway import errors, prices
+from fallow.core.repeat import KEY_CHARS_MAX
 from fallow.model.views import CallView, QuoteList, WaitingList
 from fallow.wire import messages_request, models_api, openai, quote_request, responses_request, wishes
 from fallow.wire.chat_request import ChatRequest
@@ -93,7 +94,7 @@ _LIST_CODES = ("invalid_request", "invalid_api_key", "broker_lost", "gateway_sto
 _NOT_OF_A_CALL = ("call_not_found", "method_not_allowed")
 _QUOTE_CODES = (
     *("invalid_request", "invalid_api_key", "model_not_found", "body_timeout", "body_too_large", "no_node", "too_many_calls"),
-    *("rate_limit_exceeded", "broker_lost", "gateway_stopping", "internal_error"),
+    *("rate_limit_exceeded", "idempotency_conflict", "idempotency_answer_too_long", "broker_lost", "gateway_stopping", "internal_error"),
 )
 ANSWER_HEADERS = {
     "Fallow-Call": "The call's id.",
@@ -103,6 +104,7 @@ ANSWER_HEADERS = {
     "Fallow-Cost-Max": "The most that the answer can cost, in credits; `GET /v1/calls/{id}` tells what it did.",
     "Fallow-Attempts": "How many nodes were tried.",
     "Fallow-Overhead-Ms": "Time added to the engine's own, in milliseconds.",
+    "Fallow-Repeated": "`1` if this is the answer of an earlier call with the same `Idempotency-Key`.",
     "Preference-Applied": "The wait that was granted, if `Prefer` asked for one.",
 }
 RETRY_AFTER = {"Retry-After": {"description": "Seconds after which trying again makes sense.", "schema": {"type": "integer"}}}
@@ -133,6 +135,14 @@ NEEDS: tuple[dict[str, Any], ...] = (
         "schema": {"enum": list(get_args(openai.Tier))},
     },
 )
+IDEMPOTENCY_KEY: dict[str, Any] = {
+    "name": "Idempotency-Key",
+    "in": "header",
+    "required": False,
+    "description": f"A name for this request, of at most {KEY_CHARS_MAX} characters: the same again within an hour gets the same answer, "
+    "and is never run twice.",
+    "schema": {"type": "string"},
+}
 PATH: dict[str, Any] = {
     "name": quote_request.PATH_HEADER,
     "in": "header",
@@ -209,7 +219,7 @@ def _operation(door: Door, by_type: dict[Any, Any]) -> dict[str, Any]:
     ]
     if door.asked:
         operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": _one_of(door.asked, by_type)}}}
-        parameters += (PREFER, *NEEDS) if _is_call(door) else (PATH, PREFER, *NEEDS)
+        parameters += (PREFER, IDEMPOTENCY_KEY, *NEEDS) if _is_call(door) else (PATH, PREFER, IDEMPOTENCY_KEY, *NEEDS)
     elif len(door.answered) > 1:
         parameters.append(ANTHROPIC_VERSION)
     elif door.path == openai.CALLS:

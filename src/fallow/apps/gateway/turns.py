@@ -290,9 +290,12 @@ class Turns:
 
 
 def _limit_s(call: Call, wall_ms: int) -> float:
-    """How long the call may wait."""
-    limit_s = FLEX_TURN_S_MAX if call.needs.service_tier == "flex" else TURN_S_MAX
-    deadline_at_ms = call.needs.deadline_at_ms
+    """How long the call may wait; a strict one no longer than its first token may take."""
+    needs = call.needs
+    limit_s = FLEX_TURN_S_MAX if needs.service_tier == "flex" else TURN_S_MAX
+    if needs.strict and needs.first_token_within_ms is not None:
+        limit_s = min(limit_s, needs.first_token_within_ms / 1000)
+    deadline_at_ms = needs.deadline_at_ms
     return limit_s if deadline_at_ms is None else max(0.0, min(limit_s, (deadline_at_ms - wall_ms) / 1000))
 
 
