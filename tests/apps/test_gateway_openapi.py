@@ -39,7 +39,7 @@ async def test_every_path_is_in_it() -> None:
     for path in wire.HEADS:
         assert set(paths[path]) == {"post"}
         assert paths[path]["post"]["requestBody"]["required"]
-        assert [one["name"] for one in paths[path]["post"]["parameters"]] == ["Prefer", *wishes.HEADERS, wishes.TIER_HEADER]
+        assert [one["name"] for one in paths[path]["post"]["parameters"]] == ["Prefer", "Idempotency-Key", *wishes.HEADERS, wishes.TIER_HEADER]
     for path in LOOK_UPS:
         assert set(paths[path]) == {"get"}
     assert {"/healthz", "/fallow/nodes"} <= set(paths)
@@ -49,7 +49,7 @@ async def test_a_quote_takes_any_calls_body_and_headers() -> None:
     whole = await document()
     quotes = whole["paths"][quote_request.PATH]["post"]
     names = [one["name"] for one in quotes["parameters"]]
-    assert names == [quote_request.PATH_HEADER, "Prefer", *wishes.HEADERS, wishes.TIER_HEADER]
+    assert names == [quote_request.PATH_HEADER, "Prefer", "Idempotency-Key", *wishes.HEADERS, wishes.TIER_HEADER]
     assert quotes["parameters"][0]["schema"]["enum"] == list(wire.HEADS)
     body = quotes["requestBody"]["content"]["application/json"]["schema"]
     validator = jsonschema_rs.validator_for({**body, "components": whole["components"]})
