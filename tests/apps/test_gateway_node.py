@@ -207,7 +207,7 @@ async def test_a_node_that_is_not_there_is_suspected_and_the_call_goes_on() -> N
         call = await network.ask().done()
         assert (call.status, call.headers["fallow-node"], call.headers["fallow-attempts"]) == (200, "node-b", "2")
         assert network.broker.sent_to("n.node-a.req"), "it was asked first"
-        assert network.gateway.roster.members()["node-a"].doubted
+        assert network.gateway.roster.members()[NodeId("node-a")].doubted
         for _ in range(5):
             again = await network.ask().done()
             assert (again.status, again.headers["fallow-node"], again.headers["fallow-attempts"]) == (200, "node-b", "1")

@@ -39,7 +39,12 @@ async def test_every_path_is_in_it() -> None:
     for path in wire.HEADS:
         assert set(paths[path]) == {"post"}
         assert paths[path]["post"]["requestBody"]["required"]
-        assert [one["name"] for one in paths[path]["post"]["parameters"]] == ["Prefer", "Idempotency-Key", *wishes.HEADERS, wishes.TIER_HEADER]
+        assert [one["name"] for one in paths[path]["post"]["parameters"]] == [
+            "Prefer",
+            "Idempotency-Key",
+            *wishes.HEADERS,
+            wishes.TIER_HEADER,
+        ]
     for path in LOOK_UPS:
         assert set(paths[path]) == {"get"}
     assert {"/healthz", "/fallow/nodes"} <= set(paths)

@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fallow.apps.run import complain, run
+from fallow.apps.run import Stop, complain, run
 from fallow.apps.settings import Settings, load
 from fallow.model.errors import FallowError
 
@@ -33,7 +33,8 @@ def bench(data: Path | None, names: list[str], *, as_json: bool) -> int:
         return 1
     found: dict[str, Any] = {}
 
-    async def main(until: asyncio.Event) -> None:
+    async def main(asked: Stop) -> None:
+        until = asked.asked
         measuring = asyncio.ensure_future(_measure(settings, names))
         stop = asyncio.ensure_future(until.wait())
         await asyncio.wait({measuring, stop}, return_when=asyncio.FIRST_COMPLETED)

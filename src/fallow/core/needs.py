@@ -103,6 +103,14 @@ def _either(asked: int | None, allowed: int | None) -> int | None:
     return allowed if asked is None else asked
 
 
+def is_hasty(needs: Needs) -> bool:
+    """Whether the first token is wanted sooner than is usual for the tier."""
+    usual, within_ms = TARGETS.get(needs.service_tier), needs.first_token_within_ms
+    if usual is None or within_ms is None:
+        return False
+    return within_ms < usual.first_token_base_ms + usual.first_token_each_ms * needs.prompt_tokens
+
+
 def _targets(asked: Asked) -> tuple[int | None, int | None, int | None]:
     """First token, per token and deadline, in milliseconds. A deadline alone stands for the tier's other targets."""
     first, each, deadline = asked.first_token_ms, asked.per_token_ms, asked.deadline_ms

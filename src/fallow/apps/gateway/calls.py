@@ -68,7 +68,8 @@ class Calls:
                 return Outcome(failure=failures[-1] if failures else full, attempts=len(failures), node_id=last, started=delivery.has_begun)
             usage: Usage | None = Usage()
             try:
-                decision = match(call, self._roster.market, tried=tried, now=self._roster.moment(), attempt=len(failures) + 1)
+                now, only_free = self._roster.moment(), delivery.has_begun or self.turns.is_shared(call)
+                decision = match(call, self._roster.market, tried=tried, now=now, attempt=len(failures) + 1, only_free=only_free)
                 if isinstance(decision, Place):
                     last = decision.node_id
                     tried.add(last)

@@ -12,6 +12,7 @@ from fallow.core.allowance import KeyName
 from fallow.core.fair import ACTIVE_S, Fair, Room
 from fallow.core.match.columns import GONE
 from fallow.core.match.market import Market
+from fallow.core.needs import is_hasty
 from fallow.model.call import Call
 from fallow.model.errors import Failure, shortened
 from fallow.model.ids import CallId
@@ -25,6 +26,8 @@ TURN_S_MAX = 60.0
 """How long a call waits for its turn at most."""
 FLEX_TURN_S_MAX = 600.0
 """The same for a call of the tier flex. OpenAI's own clients give up then."""
+TARGET_SHARE = 0.5
+"""The part of the time to its first token that a call in a hurry may wait: a call that waits longer is late, and so are those behind it."""
 NODE_QUEUE = 1
 """How many calls beyond its slot are sent to a machine that has one, while a single key is active: nobody else could be served
 sooner, and the slot doesn't idle for a round trip. With several slots the others work on meanwhile, and with several keys a call
@@ -182,6 +185,11 @@ class Turns:
             place.is_stopped = True
             place.ring()
 
+    def is_shared(self, call: Call) -> bool:
+        """Whether other keys want slots for the same model, or did of late."""
+        lane = self._lanes.get(call.needs.model)
+        return lane is not None and lane.fair.others_active((call.org_id, call.key_id), now_s=self._clock.now_ms() / 1000)
+
     def waiting(self, call_id: str) -> Waiting | None:
         """What a call that waits for its turn can know; None if it doesn't."""
         place = self._places.get(CallId(call_id))
@@ -290,11 +298,11 @@ class Turns:
 
 
 def _limit_s(call: Call, wall_ms: int) -> float:
-    """How long the call may wait; a strict one no longer than its first token may take."""
+    """How long the call may wait; one in a hurry no longer than leaves time for its first token to come when it is wanted."""
     needs = call.needs
     limit_s = FLEX_TURN_S_MAX if needs.service_tier == "flex" else TURN_S_MAX
-    if needs.strict and needs.first_token_within_ms is not None:
-        limit_s = min(limit_s, needs.first_token_within_ms / 1000)
+    if needs.first_token_within_ms is not None and (needs.strict or is_hasty(needs)):
+        limit_s = min(limit_s, TARGET_SHARE * needs.first_token_within_ms / 1000)
     deadline_at_ms = needs.deadline_at_ms
     return limit_s if deadline_at_ms is None else max(0.0, min(limit_s, (deadline_at_ms - wall_ms) / 1000))
 

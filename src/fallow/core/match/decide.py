@@ -28,10 +28,15 @@ OTHERS_MAX = 3
 QUOTES_MAX = 20
 
 
-def match(call: Call, market: Market, *, tried: Collection[NodeId] = (), now: Moment, attempt: int = 1) -> Place | Refuse | Wait:
-    """Filter → predict → price → pick, ring by ring; or explain. `tried` are the nodes on which this call already failed."""
+def match(
+    call: Call, market: Market, *, tried: Collection[NodeId] = (), now: Moment, attempt: int = 1, only_free: bool = False
+) -> Place | Refuse | Wait:
+    """Filter → predict → price → pick, ring by ring; or explain. `tried` are the nodes on which this call already failed.
+
+    `only_free` keeps to offers with a free slot where there are any, since others wait for the cheaper ones too.
+    """
     luck = pick.draw(call.gateway_id, call.id, attempt)
-    questions = ask(call, market, tried=tried, now=now, trusts_cards=luck < pick.EXPLORE and not call.needs.strict)
+    questions = ask(call, market, tried=tried, now=now, trusts_cards=luck < pick.EXPLORE and not call.needs.strict, only_free=only_free)
     looks = [survey.first(q) for q in questions]
     for ring in RINGS:
         found = [best for look in looks[: len(questions)] for best in _best(look, ring, looks)]
@@ -43,10 +48,12 @@ def match(call: Call, market: Market, *, tried: Collection[NodeId] = (), now: Mo
     return _second_best(call, market, questions, looks)
 
 
-def ask(call: Call, market: Market, *, tried: Collection[NodeId] = (), now: Moment, trusts_cards: bool = False) -> list[Question]:
+def ask(
+    call: Call, market: Market, *, tried: Collection[NodeId] = (), now: Moment, trusts_cards: bool = False, only_free: bool = False
+) -> list[Question]:
     """The call as a question to each shelf that could answer it: one for a model, several for a family."""
     shelves = market.shelves(call.needs.model)
-    return [survey.question(call, market, shelf, tried=tried, now=now, trusts_cards=trusts_cards) for shelf in shelves]
+    return [survey.question(call, market, shelf, tried=tried, now=now, trusts_cards=trusts_cards, only_free=only_free) for shelf in shelves]
 
 
 def quotes(call: Call, market: Market, *, now: Moment) -> tuple[tuple[Quote, ...], Refuse | None]:

@@ -59,6 +59,7 @@ class Question(NamedTuple):
     miss: float
     now_s: float
     trusts_cards: bool
+    only_free: bool
 
 
 class Look(NamedTuple):
@@ -115,7 +116,9 @@ def targets_of(call: Call, now: Moment) -> Targets:
     )
 
 
-def question(call: Call, market: Market, shelf: Shelf, *, tried: Collection[NodeId], now: Moment, trusts_cards: bool = False) -> Question:
+def question(
+    call: Call, market: Market, shelf: Shelf, *, tried: Collection[NodeId], now: Moment, trusts_cards: bool = False, only_free: bool = False
+) -> Question:
     """The call put as a question to the offers of a shelf."""
     needs, own = call.needs, market.org(call.org_id)
     prompt = market.prompts.tokens(call)
@@ -141,6 +144,7 @@ def question(call: Call, market: Market, shelf: Shelf, *, tried: Collection[Node
         miss=shelf.miss(prompt, length.mean_tokens),
         now_s=now.at_s,
         trusts_cards=trusts_cards,
+        only_free=only_free,
     )
 
 
@@ -196,6 +200,9 @@ def weigh(q: Question, rows: Codes, found: Codes, rings: Codes | None, *, end: i
     else:
         chances *= f.trust
         able = chances >= pick.CHANCE_MIN
+    if q.only_free:
+        free = able & (f.held < f.slots)
+        able = free if np.count_nonzero(free) else able
     if needs.strict:
         found[some[~able]] = CODE["too_slow"]
     if needs.prefer == "fast":
