@@ -330,7 +330,7 @@ async def test_a_call_may_hold_two_turns() -> None:
     await bench.ask("c1")
     await bench.ask("c2")
     assert bench.sent == ["c0", "c1"]
-    bench.turns.pass_on(bench.calls["c0"])
+    bench.turns.give_back(bench.calls["c0"], Usage())
     await turns(5)
     assert bench.sent == ["c0", "c1", "c2"]
     await bench.over()

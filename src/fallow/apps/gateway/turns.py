@@ -164,10 +164,6 @@ class Turns:
         lane.moved(1)
         self._wake(lane, now_s)
 
-    def pass_on(self, call: Call) -> None:
-        """The turn wasn't used: it costs the key nothing."""
-        self.give_back(call, Usage())
-
     def changed(self) -> None:
         """Offers or loads changed: look again who may start."""
         now_s = self._clock.now_ms() / 1000
@@ -258,7 +254,7 @@ class Turns:
             return _too_late(lane, limit_s, lane.fair.estimate_s(lane.fair.position(call.id)))
         except BaseException:
             if place.is_given:
-                self.pass_on(call)
+                self.give_back(call, Usage())  # the turn wasn't used: it costs the key nothing
             raise
         finally:
             if not place.is_given:

@@ -56,6 +56,7 @@ class Writing:
         self._seats = seats
         self._asker = asker
         self._usage: Usage | None = None
+        self._moved: Callable[[], None] = lambda: None
         self._constraint: json_schema.Constraint | None = None
         if generation.tools:
             tool_prompt.check_tools(generation.tools, generation.params.get("tools", "tools"))
@@ -79,6 +80,7 @@ class Writing:
 
     async def run(self, moved: Callable[[], None]) -> AsyncGenerator[Events, None]:
         """Events as they come. Raises Refused, EngineFailed, AnswerIncomplete, SchemaNotMet."""
+        self._moved = moved
         asked = self._generation
         limit = asked.sampling.max_tokens
         if asked.delivered and limit is not None and len(asked.delivered) >= limit:
@@ -248,6 +250,7 @@ class Writing:
 
     async def _fetch(self, path: str, body: bytes) -> tuple[int, bytes]:
         async with self._engine.post(path, body) as answer:
+            self._moved()
             return answer.head.status, await small(answer, SMALL_BYTES_MAX)
 
     @contextlib.asynccontextmanager
