@@ -276,7 +276,7 @@ def test_short_cuts_find_what_a_look_at_everything_finds(needs: Needs, seed: int
     (everything,) = looks(market, call)
     scores = {everything.node_id(at): float(everything.score[at]) for at in range(len(everything.some))}
     decision = match(call, market, now=NOW)
-    for ring, name in enumerate(RINGS):
+    for name in RINGS:
         able = everything.able_in(name)
         if able is not None and able.any() and name in needs.rings:
             least = float(everything.score[able].min())
