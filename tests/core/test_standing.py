@@ -65,8 +65,16 @@ def in_a_row(faults: int) -> Standing:
 @pytest.mark.parametrize("code", sorted(FAULTS))
 def test_infrastructure_errors_count(code: str) -> None:
     known = after(Failed(code=code))
-    assert (known.faults, access(known, AT_S)) == (1.0, "closed")
+    assert (known.faults, access(known, AT_S)) == (1.0, "open" if code == "node_unreachable" else "closed")
     assert chance(known) < chance(NEWCOMER)
+
+
+def test_a_node_that_went_with_all_that_it_ran_has_gone_once_and_is_back_when_it_is_heard() -> None:
+    known = NEWCOMER
+    for event in (Failed(code="node_unreachable"), Suspected(), Failed(code="node_unreachable"), Failed(code="node_unreachable")):
+        known = fold(known, event, AT_S)
+    assert (known.faults, access(known, AT_S)) == (1.0, "closed")
+    assert access(fold(known, Heard(), AT_S + 1.0), AT_S + 1.0) == "open"
 
 
 INNOCENT = (

@@ -113,6 +113,8 @@ def fold(standing: Standing, event: Event, now_s: float) -> Standing:
     match event:
         case Succeeded():
             return _succeeded(s, event)
+        case Failed(code="node_unreachable"):  # all that it ran ends at once; it is back when it is heard
+            return s if s.suspected else replace(s, faults=s.faults + 1.0, probed_until_s=0.0)
         case Failed(code=code) if code in FAULTS:
             return _failed(s, now_s)
         case Failed() | Yielded():

@@ -155,12 +155,14 @@ def _second_best(call: Call, market: Market, questions: Sequence[Question], look
             return resort
         return explain.refuse(call, market, looks if "market" in call.needs.rings else [survey.everything(q) for q in questions])
     hope = max(float(look.chances.max()) for look in possible)
-    found: list[tuple[float, NodeId, Look, int]] = []
+    found: list[tuple[bool, float, NodeId, Look, int]] = []
     for look in possible:
         ranks = look.score if hope >= HOPE_MIN and call.needs.prefer == "cheap" else survey.lateness(look)
+        is_full = look.facts.held >= look.facts.slots if look.question.only_free else np.zeros(len(ranks), np.bool_)
+        ranks = np.where(is_full, math.inf, ranks) if not is_full.all() else ranks
         at = min(np.flatnonzero(ranks == ranks.min()).tolist(), key=look.node_id)
-        found.append((float(ranks[at]), look.node_id(at), look, at))
-    _, node_id, look, at = min(found, key=lambda one: one[:2])
+        found.append((bool(is_full[at]), float(ranks[at]), look.node_id(at), look, at))
+    *_, node_id, look, at = min(found, key=lambda one: one[:3])
     why = "no offer is likely to meet the call's needs; this one misses them least"
     return Place(node_id=node_id, quote=quotes_of(look, [at])[0], why=why, able=0)
 
