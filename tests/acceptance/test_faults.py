@@ -4,7 +4,6 @@ import signal
 import threading
 from typing import Any
 
-import openai
 import psutil
 import pytest
 from running import MODEL, Apart, Running, Service, until, wait_ready
@@ -113,17 +112,16 @@ def test_the_only_engine_killed(apart: Apart) -> None:
         assert client.completions.create(model=MODEL, prompt="Hello", max_tokens=2).choices
 
 
-def test_an_engine_killed_in_the_middle_of_a_stream(apart: Apart) -> None:
+def test_the_only_engine_killed_in_the_middle_of_a_stream_goes_on_when_it_is_back(apart: Apart) -> None:
     service = apart.start_hub_and_gateway()
     node = apart.lend("node")
     wait_ready(service, 1)
     with service.client() as client:
         stream = client.completions.create(**ENDLESS, stream=True)
-        next(iter(stream))
+        before = [next(stream).choices[0].text for _ in range(10)]
         node.engine().kill()
-        with pytest.raises(openai.APIError) as caught:
-            list(stream)
-    assert caught.value.code == "stream_interrupted"
+        after = [next(stream).choices[0].text for _ in range(30)]
+    assert "".join([*before, *after]).replace(" ", "").startswith(("14,15,16,", "15,16,17,"))
 
 
 def test_an_engine_that_stalls_is_restarted(apart: Apart) -> None:
@@ -144,17 +142,16 @@ def test_an_engine_that_stalls_is_restarted(apart: Apart) -> None:
     assert after.status == 200
 
 
-def test_the_broker_killed(apart: Apart) -> None:
+def test_a_call_outlives_the_broker(apart: Apart) -> None:
     service = apart.start_hub_and_gateway()
     apart.lend("node")
     wait_ready(service, 1)
-    caller = Caller(service, ENDLESS)
+    caller = Caller(service, ENDLESS | {"max_tokens": 200})
     until(lambda: service.nodes()[0]["offers"][0]["slots_free"] < 8, what="the call is in the engine")
     broker = apart.parts["hub"].child("nats-server")
     broker.kill()
     caller.wait()
-    assert caller.status == 503
-    assert '"code":"broker_lost"' in caller.text
+    assert (caller.status, caller.headers["fallow-attempts"]) == (200, "2"), caller.text
     again = apart.parts["hub"].child("nats-server")
     assert again.pid != broker.pid
 

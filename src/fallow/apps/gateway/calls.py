@@ -86,6 +86,7 @@ class Calls:
             if isinstance(decision, Refuse):
                 may_pass = decision.retry_after_ms and (delivery.has_begun or is_lost)
                 if may_pass and self._clock.now_ms() / 1000 - broke_at_s < MOVE_S_MAX:
+                    tried.clear()  # a machine that is back is better than none
                     await asyncio.sleep(MOVE_LOOK_S)
                     continue
                 failure = failures[-1] if failures else refused(decision, call.needs.model)
