@@ -85,8 +85,9 @@ class Witness(StreamCaller):
         super().end(failure)
 
     def leave(self) -> None:
-        """The caller's patience is over."""
-        self.events.append(Left(time.perf_counter()))
+        """The caller's patience is over; of an answer that has ended nothing more is expected."""
+        if not any(isinstance(event, Done | Failed) for event in self.events):
+            self.events.append(Left(time.perf_counter()))
 
 
 class Asked:

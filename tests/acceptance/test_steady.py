@@ -21,7 +21,7 @@ REFUSALS = frozenset({429, 503})
 
 
 DEATHS = [Kills(how="drop", waves=1, shape=SHAPE, warm_rounds=1), Kills(how="hush", waves=1, shape=SHAPE, warm_rounds=1)]
-FLOOD = Flood(alone_s=0.7, beside_s=2, warm_s=1, settle_s=0.5, times=6, patience_s=3)
+FLOOD = Flood(alone_s=0.7, beside_s=1.5, warm_s=0.7, settle_s=0.3, times=4, patience_s=2)
 OVERLOAD = Overload(sweep_s=2.3, span_s=2.5, after_s=1.5, warm_s=1, rest_s=0.5, loads=(1.0,), patience_s=3)
 """Some callers lose patience and leave, as they do."""
 
