@@ -15,6 +15,7 @@ from fallow.core.standing import (
     FAULTS,
     HALF_LIFE_S,
     LOOK_S,
+    MISSED,
     NEWCOMER,
     PROBE_S_MAX,
     RATIO_LOG_MAX,
@@ -125,7 +126,14 @@ def test_a_newcomer_is_trusted_like_a_good_node() -> None:
 def test_one_fault_is_forgiven_sooner_where_much_went_well() -> None:
     good = after(*100 * [Succeeded()])
     assert trust(after(FAULT)) < trust(after(FAULT, known=good)) == 1.0
-    assert trust(after(*50 * TOGETHER, known=good)) < 0.8
+    assert trust(after(*50 * TOGETHER, known=good)) < 0.9
+
+
+def test_a_fault_costs_less_than_a_miss_since_calls_go_on_elsewhere() -> None:
+    known = after(*4 * TOGETHER)
+    lost = 1.0 - chance(known) / chance(NEWCOMER)
+    assert lost > 0.05
+    assert trust(known) == pytest.approx(1.0 - MISSED * lost)
 
 
 def test_of_what_happened_long_ago_little_is_left() -> None:

@@ -22,6 +22,8 @@ LOOK_S = 10.0
 ENDS_PRIOR, FAULTS_PRIOR = 20.0, 0.2
 """What a newcomer is taken to have done already: the chance is the mean of a beta distribution that starts there."""
 CHANCE_LEAST = 0.05
+MISSED = 0.5
+"""A call that meets a fault goes on elsewhere; about so many of those are late for it."""
 LATE_FACTOR, LATE_S = 2.0, 0.5
 """A promise is kept if the answer came no later than so many times what was promised, or no more than so much later."""
 RATIO_LOG_MAX = 3.0
@@ -189,8 +191,8 @@ def chance(standing: Standing) -> float:
 
 
 def trust(standing: Standing) -> float:
-    """The chance as a part of a newcomer's, at most 1: who is new is as good as who is known to be good."""
-    return min(1.0, chance(standing) / chance(NEWCOMER))
+    """What the node's faults leave of the chance that a call meets its needs, at most 1; a newcomer is as good as who is known to be good."""
+    return 1.0 - MISSED * (1.0 - min(1.0, chance(standing) / chance(NEWCOMER)))
 
 
 def honesty(standing: Standing) -> tuple[float, float] | None:

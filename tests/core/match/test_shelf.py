@@ -15,7 +15,7 @@ from fallow.core.match.columns import GONE
 from fallow.core.match.decide import match
 from fallow.core.match.filter import RINGS
 from fallow.core.match.market import Market
-from fallow.core.match.rows import PARTS, TAIL_MAX
+from fallow.core.match.rows import NEAR_FIRST, PARTS, TAIL_MAX
 from fallow.core.match.shelf import Shelf
 from fallow.model.ids import NodeId, OrgId
 from fallow.model.needs import Needs
@@ -349,3 +349,11 @@ def test_rows_are_put_in_order_now_and_then_only() -> None:
     assert shelf.ordered == TAIL_MAX + 1
     assert [shelf.columns.output_price[row] * CREDIT for row in range(3)] == pytest.approx([7, 100 - TAIL_MAX + 1, 100 - TAIL_MAX + 2])
     assert math.isclose(shelf.cheapest_prompt[0], 0.0)
+
+
+def test_the_cheapest_newcomer_of_a_partner_is_seen_though_they_are_many() -> None:
+    market = market_of([Lent(node=f"node-{at:04}") for at in range(PARTS[0] + 50)], refreshed=True)
+    for at in range(NEAR_FIRST + 4):
+        put(market, Lent(node=f"new-{at:02}", org="friend", output_price=100 - at))
+    place = placed(match(call_of(PARTNERS), market, now=NOW))
+    assert (place.node_id, place.quote.ring, place.able) == (f"new-{NEAR_FIRST + 3}", "partner", NEAR_FIRST + 4)

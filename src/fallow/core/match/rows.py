@@ -156,14 +156,17 @@ class Rows:
         return [row for org in orgs for row in self.orgs.get(org, ())]
 
     def cheapest_of(self, orgs: Iterable[int], *, beyond: int) -> list[int]:
-        """The rows of these organisations before `beyond`, and some after it, ascending."""
+        """The rows of these organisations before `beyond`, some after it, and all that aren't put in order yet, ascending."""
         found: list[int] = []
+        newest: list[int] = []
         for org in orgs:
             rows = self.orgs.get(org)
             if rows is not None:
-                found += rows[: bisect.bisect_left(rows, beyond) + NEAR_FIRST] if len(rows) > NEAR_FIRST else rows
+                ordered = bisect.bisect_left(rows, self.ordered)
+                found += rows[: min(ordered, bisect.bisect_left(rows, beyond) + NEAR_FIRST)]
+                newest += rows[ordered:]
         found.sort()
-        return found[: bisect.bisect_left(found, beyond) + NEAR_FIRST]
+        return found[: bisect.bisect_left(found, beyond) + NEAR_FIRST] + sorted(newest)
 
     def drop(self, node_id: NodeId) -> None:
         """The node doesn't offer the model any more."""
