@@ -191,7 +191,7 @@ def chance(standing: Standing) -> float:
 
 
 def trust(standing: Standing) -> float:
-    """What the node's faults leave of the chance that a call meets its needs, at most 1; a newcomer is as good as who is known to be good."""
+    """What the node's faults leave of a call's chance to meet its needs, at most 1; who is new is as good as who is known to be good."""
     return 1.0 - MISSED * (1.0 - min(1.0, chance(standing) / chance(NEWCOMER)))
 
 
