@@ -70,8 +70,8 @@ async def test_a_stranger_is_asked_once_for_card_and_offers(here: Here) -> None:
     await here.roster.refresh()
     await here.roster.refresh()
     asked = here.broker.sent_to("n.")
-    assert [codec.to_node.read(data) for data in asked] == [m.Introduce(gateway_id=listening.INTRODUCED_AS)]
-    assert here.broker.sent_to("n.node-a.ctl") == asked
+    assert [codec.from_hub.read(data) for data in asked] == [m.Introduce(gateway_id=listening.INTRODUCED_AS)]
+    assert here.broker.sent_to("n.node-a.hub") == asked
 
 
 async def test_what_can_not_be_read_or_names_another_node_is_dropped(here: Here) -> None:

@@ -32,6 +32,13 @@ GATEWAY = GatewayId("gw-1")
 SPAN_MS = 15_000
 
 
+def hold_of(data: bytes) -> m.Hold:
+    """What the hub told a node."""
+    hold = codec.from_hub.read(data)
+    assert isinstance(hold, m.Hold)
+    return hold
+
+
 class Hub:
     """A hub's roster and placement, and a hand that plays nodes and gateways."""
 
@@ -74,7 +81,7 @@ class Hub:
             await self.all_beat()
         self.broker.sent.clear()
         await self.placing.place()
-        return {to.split(".")[1]: codec.hold.read(data).models for to, data in self.broker.sent if to.endswith(".hold")}
+        return {to.split(".")[1]: hold_of(data).models for to, data in self.broker.sent if to.endswith(".hub")}
 
 
 @pytest.fixture
@@ -114,11 +121,11 @@ async def test_later_plans_have_higher_numbers(hub: Hub) -> None:
     await hub.beat("n1", "ab")
     await hub.demand("a")
     await hub.place()
-    first = codec.hold.read(hub.broker.sent_to("n.n1.hold")[0])
+    first = hold_of(hub.broker.sent_to("n.n1.hub")[0])
     await hub.demand("b")
     await hub.beat("n1", "ab", ready="a")
     await hub.place()
-    assert codec.hold.read(hub.broker.sent_to("n.n1.hold")[0]).sequence > first.sequence
+    assert hold_of(hub.broker.sent_to("n.n1.hub")[0]).sequence > first.sequence
 
 
 async def test_when_nobody_asks_any_more_the_node_may_drop_it(hub: Hub) -> None:
@@ -277,5 +284,5 @@ async def test_a_call_is_heard_of_at_the_hub() -> None:
         await played.beat()
         await turns()
         await placing.place()
-        held = [codec.hold.read(data).models for data in network.broker.sent_to("n.")[-1:]]
+        held = [hold_of(data).models for data in network.broker.sent_to("n.")[-1:]]
         assert held == [(MODEL,)]

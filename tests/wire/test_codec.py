@@ -37,7 +37,11 @@ READERS: dict[str, tuple[Reader[Any], set[type[m.Message]]]] = {
     "heartbeat": (codec.heartbeat, {m.Heartbeat}),
     "key_query": (codec.key_query, {m.KeyQuery}),
     "key_answer": (codec.key_answer, {m.KeyAnswer}),
-    "hold": (codec.hold, {m.Hold}),
+    "from_hub": (codec.from_hub, {m.Hold, m.Introduce}),
+    "keys_changed": (codec.keys_changed, {m.KeysChanged}),
+    "enrol": (codec.enrol, {m.Enrol}),
+    "enrolled": (codec.enrolled, {m.Enrolled}),
+    "renew": (codec.renew, {m.Renew}),
     "demand": (codec.demand, {m.Demand}),
     "index": (codec.index, {m.Index}),
     "history_query": (codec.history_query, {m.HistoryQuery}),
@@ -108,7 +112,7 @@ def test_each_subject_has_a_reader_for_all_that_it_carries() -> None:
     read = {kind for _, kinds in READERS.values() for kind in kinds}
     assert read == set(KINDS) == {kind for row in TABLE for kind in row.carries}
     one_reader = [kinds for _, kinds in READERS.values()]
-    assert all(set(row.carries) in one_reader or row.pattern in ("hub.key", "hub.prices") for row in TABLE)  # those answers are replies
+    assert all(set(row.carries) in one_reader or row.is_asked for row in TABLE)  # those answers are replies
 
 
 INDEX_PRICE = m.IndexPrice(model="tiny", hardware="cpu", price=Price(output_micro_per_munit=9), utilisation=0.5, at_ms=1)
@@ -170,6 +174,10 @@ SAMPLES: dict[type[m.Message], m.Message] = {
             ),
         ),
     ),
+    m.Enrol: m.Enrol(role="node", public_key="U" * 56, invite="word", at_s=1, proof=b"proof"),
+    m.Enrolled: m.Enrolled(credential="a.b.c", org_id=OrgId("org"), expires_at_s=2),
+    m.Renew: m.Renew(),
+    m.KeysChanged: m.KeysChanged(sequence=1, key_digests=(b"digest",)),
     m.KeyQuery: m.KeyQuery(key_digest=b"digest"),
     m.KeyAnswer: m.KeyAnswer(grant=Grant(key_id=KeyId("key"), org_id=OrgId("org"))),
 }
@@ -179,10 +187,11 @@ def test_the_bytes_of_a_message_stay_as_they_are() -> None:
     """Nodes and gateways of different ages meet: a tag is never given to something else."""
     assert encode(SAMPLES[m.Cancel]) == b"\x01\x92\x03\xa7attempt"
     assert encode(SAMPLES[m.BodyPart]) == b"\x01\x94\x02\x07\xc4\x04more\xc4\x00"
-    assert [msgspec.msgpack.decode(encode(SAMPLES[kind])[1:])[0] for kind in KINDS] == list(range(1, 20))
+    assert [msgspec.msgpack.decode(encode(SAMPLES[kind])[1:])[0] for kind in KINDS] == list(range(1, 24))
     assert [kind.__name__ for kind in KINDS] == [
         "Request", "BodyPart", "Cancel", "Credit", "Lease", "Introduce", "Accepted", "Part", "Final", "Alive", "Heartbeat", "KeyQuery",
         "KeyAnswer", "Hold", "Demand", "Index", "HistoryQuery", "HistoryAnswer", "Ping",
+        "Enrol", "Enrolled", "Renew", "KeysChanged",
     ]  # fmt: skip
 
 

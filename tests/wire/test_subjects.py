@@ -35,10 +35,14 @@ def matches(pattern: str, subject: str) -> bool:
         (subjects.answer(GATEWAY, NODE, ATTEMPT), subjects.ANSWER, "rsp.gw-1.node-1.0af3"),
         (subjects.heartbeat(NODE), subjects.HEARTBEAT, "hb.node-1"),
         (subjects.KEY.pattern, subjects.KEY, "hub.key"),
-        (subjects.hold(NODE), subjects.HOLD, "n.node-1.hold"),
+        (subjects.hold(NODE), subjects.HOLD, "n.node-1.hub"),
         (subjects.DEMAND.pattern, subjects.DEMAND, "hub.demand"),
         (subjects.INDEX.pattern, subjects.INDEX, "prices"),
         (subjects.HISTORY.pattern, subjects.HISTORY, "hub.prices"),
+        (subjects.CHANGED.pattern, subjects.CHANGED, "keys"),
+        (subjects.ENROL.pattern, subjects.ENROL, "hub.enrol"),
+        (subjects.renewal("node", NODE), subjects.RENEW_NODE, "hub.node.node-1"),
+        (subjects.renewal("gateway", GATEWAY), subjects.RENEW_GATEWAY, "hub.gateway.gw-1"),
     ],
 )
 def test_a_built_subject_fits_its_row_and_no_other(built: str, row: Subject, text: str) -> None:
@@ -77,10 +81,14 @@ def test_who_may_say_what_to_whom() -> None:
         "rsp.*.*.*": ("node", ("gateway",), (m.Accepted, m.Part, m.Final, m.Alive, m.Credit)),
         "hb.*": ("node", ("gateway", "hub"), (m.Heartbeat,)),
         "hub.key": ("gateway", ("hub",), (m.KeyQuery, m.KeyAnswer)),
-        "n.*.hold": ("hub", ("node",), (m.Hold,)),
+        "keys": ("hub", ("gateway",), (m.KeysChanged,)),
+        "n.*.hub": ("hub", ("node",), (m.Hold, m.Introduce)),
         "hub.demand": ("gateway", ("hub",), (m.Demand,)),
         "prices": ("hub", ("gateway", "node"), (m.Index,)),
         "hub.prices": ("gateway", ("hub",), (m.HistoryQuery, m.HistoryAnswer)),
+        "hub.enrol": ("guest", ("hub",), (m.Enrol, m.Enrolled)),
+        "hub.node.*": ("node", ("hub",), (m.Renew, m.Enrolled)),
+        "hub.gateway.*": ("gateway", ("hub",), (m.Renew, m.Enrolled)),
     }
 
 

@@ -4,7 +4,7 @@ Messages are arrays on the wire: a newer minor version may add fields at the end
 `seal` and `signature` are room for what a later version puts there; they are empty today.
 """
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta
@@ -91,7 +91,7 @@ class Lease(Message, frozen=True, kw_only=True, array_like=True, tag=5):
 
 
 class Introduce(Message, frozen=True, kw_only=True, array_like=True, tag=6):
-    """Gateway to node: send your card and offers with the next heartbeat, at once."""
+    """Gateway or hub to node: send your card and offers with the next heartbeat, at once."""
 
     gateway_id: GatewayId
 
@@ -222,5 +222,49 @@ class Ping(Message, frozen=True, kw_only=True, array_like=True, tag=19):
     attempt_id: AttemptId
 
 
+PublicKey = Annotated[str, Meta(pattern=r"^[A-Z2-7]{56}\Z")]
+"""An NKey's public half: base32, a letter for its kind (`U` for who connects, `A` for an organisation) and a checksum."""
+CREDENTIAL_MAX = 4_096
+
+
+class Enrol(Message, frozen=True, kw_only=True, array_like=True, tag=20):
+    """Guest to hub: let this key in as a node or a gateway.
+
+    `invite` is the secret word of an invitation; empty where open enrolment is hoped for, or the hub knows the key already.
+    `proof` is the key's signature over `wire/sign.py`'s bytes of all else.
+    """
+
+    role: Literal["node", "gateway"]
+    public_key: PublicKey
+    invite: Annotated[str, Meta(max_length=128)] = ""
+    at_s: Annotated[int, Meta(ge=0, le=2**40)] = 0
+    proof: Annotated[bytes, Meta(max_length=64)] = b""
+
+
+class Enrolled(Message, frozen=True, kw_only=True, array_like=True, tag=21):
+    """Hub to guest, node or gateway: your credential for the broker until `expires_at_s` (UTC), or why there is none."""
+
+    credential: Annotated[str, Meta(max_length=CREDENTIAL_MAX)] = ""
+    org_id: OrgId = OrgId("")
+    expires_at_s: Annotated[int, Meta(ge=0, le=2**40)] = 0
+    failure: Failure | None = None
+
+
+class Renew(Message, frozen=True, kw_only=True, array_like=True, tag=22):
+    """Node or gateway to hub: my next credential, please. The subject says who asks."""
+
+
+KEYS_CHANGED_MAX = 1_024
+
+
+class KeysChanged(Message, frozen=True, kw_only=True, array_like=True, tag=23):
+    """Hub to gateways: forget what you know of the API keys with these SHA-256 digests; of all keys if `all_of_them`."""
+
+    sequence: int
+    key_digests: Annotated[tuple[bytes, ...], Meta(max_length=KEYS_CHANGED_MAX)] = ()
+    all_of_them: bool = False
+
+
 ToNode = Cancel | Credit | Lease | Introduce | Ping
+FromHub = Hold | Introduce
 ToGateway = Accepted | Part | Final | Alive | Credit

@@ -1,5 +1,6 @@
-"""Every subject on the broker, in one table: who sends what to whom, and how large it may be."""
+"""Every subject on the broker, in one table: who sends what to whom, and how large it may be. Permissions are made from it."""
 
+import re
 from typing import Literal
 
 import msgspec
@@ -8,43 +9,97 @@ from fallow.model import messages as m
 from fallow.model.errors import WireError
 from fallow.model.ids import AttemptId, GatewayId, NodeId
 
-Role = Literal["gateway", "node", "hub"]
+Role = Literal["gateway", "node", "hub", "guest"]
+"""Who is on the broker. A guest has no identity yet and may only ask the hub for one."""
 
 PAYLOAD_BYTES_MAX = 256 * 1024
 """What the broker carries in one message."""
 PART_BYTES_MAX = 192 * 1024
 """What we put into one; the rest is room for the envelope, a seal and a signature."""
+_PLACE = re.compile(r"\{[a-z]+\}")
 
 
 class Subject(msgspec.Struct, frozen=True, kw_only=True):
-    """A row: `pattern` with `*` for each id, sender and receivers, and the messages it carries."""
+    """A row: `template` with a named place for each id, sender and receivers, and the messages it carries.
 
-    pattern: str
+    A role's own place (`{node}` for a node) is its own id, and nobody else's. `is_asked`: the sender asks, and one receiver answers
+    with the last of the messages.
+    """
+
+    template: str
     sender: Role
     receivers: tuple[Role, ...]
     carries: tuple[type[m.Message], ...]
     payload_bytes_max: int = PAYLOAD_BYTES_MAX
+    is_asked: bool = False
+
+    @property
+    def pattern(self) -> str:
+        """The subject with `*` for each id."""
+        return _PLACE.sub("*", self.template)
+
+    def of(self, role: Role, id: str) -> str:
+        """The subject as far as `id` in `role` may use it: its own place is filled, each other is `*`."""
+        return _PLACE.sub("*", self.template.replace(f"{{{role}}}", id))
 
 
-REQUEST = Subject(pattern="n.*.req", sender="gateway", receivers=("node",), carries=(m.Request,))
-BODY = Subject(pattern="n.*.body.*", sender="gateway", receivers=("node",), carries=(m.BodyPart,))
+REQUEST = Subject(template="n.{node}.req", sender="gateway", receivers=("node",), carries=(m.Request,))
+BODY = Subject(template="n.{node}.body.{attempt}", sender="gateway", receivers=("node",), carries=(m.BodyPart,))
 CONTROL = Subject(
-    pattern="n.*.ctl",
+    template="n.{node}.ctl",
     sender="gateway",
     receivers=("node",),
     carries=(m.Cancel, m.Credit, m.Lease, m.Introduce, m.Ping),
     payload_bytes_max=64 * 1024,
 )
-ANSWER = Subject(pattern="rsp.*.*.*", sender="node", receivers=("gateway",), carries=(m.Accepted, m.Part, m.Final, m.Alive, m.Credit))
-HEARTBEAT = Subject(pattern="hb.*", sender="node", receivers=("gateway", "hub"), carries=(m.Heartbeat,), payload_bytes_max=64 * 1024)
-KEY = Subject(pattern="hub.key", sender="gateway", receivers=("hub",), carries=(m.KeyQuery, m.KeyAnswer), payload_bytes_max=4 * 1024)
+ANSWER = Subject(
+    template="rsp.{gateway}.{node}.{attempt}",
+    sender="node",
+    receivers=("gateway",),
+    carries=(m.Accepted, m.Part, m.Final, m.Alive, m.Credit),
+)
+HEARTBEAT = Subject(template="hb.{node}", sender="node", receivers=("gateway", "hub"), carries=(m.Heartbeat,), payload_bytes_max=64 * 1024)
+KEY = Subject(
+    template="hub.key", sender="gateway", receivers=("hub",), carries=(m.KeyQuery, m.KeyAnswer), payload_bytes_max=16 * 1024, is_asked=True
+)
+CHANGED = Subject(template="keys", sender="hub", receivers=("gateway",), carries=(m.KeysChanged,), payload_bytes_max=64 * 1024)
 
-HOLD = Subject(pattern="n.*.hold", sender="hub", receivers=("node",), carries=(m.Hold,), payload_bytes_max=16 * 1024)
-DEMAND = Subject(pattern="hub.demand", sender="gateway", receivers=("hub",), carries=(m.Demand,), payload_bytes_max=64 * 1024)
-INDEX = Subject(pattern="prices", sender="hub", receivers=("gateway", "node"), carries=(m.Index,))
-HISTORY = Subject(pattern="hub.prices", sender="gateway", receivers=("hub",), carries=(m.HistoryQuery, m.HistoryAnswer))
+HOLD = Subject(template="n.{node}.hub", sender="hub", receivers=("node",), carries=(m.Hold, m.Introduce), payload_bytes_max=16 * 1024)
+DEMAND = Subject(template="hub.demand", sender="gateway", receivers=("hub",), carries=(m.Demand,), payload_bytes_max=64 * 1024)
+INDEX = Subject(template="prices", sender="hub", receivers=("gateway", "node"), carries=(m.Index,))
+HISTORY = Subject(template="hub.prices", sender="gateway", receivers=("hub",), carries=(m.HistoryQuery, m.HistoryAnswer), is_asked=True)
 
-TABLE = (REQUEST, BODY, CONTROL, ANSWER, HEARTBEAT, KEY, HOLD, DEMAND, INDEX, HISTORY)
+ENROL = Subject(
+    template="hub.enrol", sender="guest", receivers=("hub",), carries=(m.Enrol, m.Enrolled), payload_bytes_max=8 * 1024, is_asked=True
+)
+RENEW_NODE = Subject(
+    template="hub.node.{node}", sender="node", receivers=("hub",), carries=(m.Renew, m.Enrolled), payload_bytes_max=8 * 1024, is_asked=True
+)
+RENEW_GATEWAY = Subject(
+    template="hub.gateway.{gateway}",
+    sender="gateway",
+    receivers=("hub",),
+    carries=(m.Renew, m.Enrolled),
+    payload_bytes_max=8 * 1024,
+    is_asked=True,
+)
+
+TABLE = (
+    REQUEST,
+    BODY,
+    CONTROL,
+    ANSWER,
+    HEARTBEAT,
+    KEY,
+    CHANGED,
+    HOLD,
+    DEMAND,
+    INDEX,
+    HISTORY,
+    ENROL,
+    RENEW_NODE,
+    RENEW_GATEWAY,
+)
 
 ID_MAX = 128
 """A subject of three ids stays far below the broker's control line."""
@@ -75,7 +130,7 @@ def control(node: NodeId) -> str:
 
 
 def hold(node: NodeId) -> str:
-    return f"n.{token(node)}.hold"
+    return f"n.{token(node)}.hub"
 
 
 def answer(gateway: GatewayId, node: NodeId, attempt: AttemptId) -> str:
@@ -83,11 +138,17 @@ def answer(gateway: GatewayId, node: NodeId, attempt: AttemptId) -> str:
 
 
 def answers(gateway: GatewayId) -> str:
-    return f"rsp.{token(gateway)}.>"
+    return f"rsp.{token(gateway)}.*.*"
 
 
 def heartbeat(node: NodeId) -> str:
     return f"hb.{token(node)}"
+
+
+def renewal(role: Role, id: str) -> str:
+    """Where a node or a gateway asks the hub for its next credential."""
+    row = RENEW_NODE if role == "node" else RENEW_GATEWAY
+    return row.of(role, token(id))
 
 
 HEARTBEATS = HEARTBEAT.pattern

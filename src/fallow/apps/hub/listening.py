@@ -47,7 +47,7 @@ class HubRoster:
         while self._strangers:
             node_id = self._strangers.pop()
             try:
-                await self._bus.publish(subjects.control(node_id), codec.encode(m.Introduce(gateway_id=INTRODUCED_AS)))
+                await self._bus.publish(subjects.hold(node_id), codec.encode(m.Introduce(gateway_id=INTRODUCED_AS)))
             except BrokerLost:
                 return  # the node's next heartbeat makes it a stranger again
 

@@ -76,9 +76,11 @@ class Holding:
 
     def _on_hold(self, delivery: Delivery) -> None:
         try:
-            hold = codec.hold.read(delivery.data)
+            hold = codec.from_hub.read(delivery.data)
         except WireError as error:
             log.warning("a plan was dropped: %s", error)
+            return
+        if not isinstance(hold, m.Hold):
             return
         now = self._clock.now_ms()
         if hold.sequence < self._hold.sequence and self._is_in_force(now):

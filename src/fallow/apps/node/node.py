@@ -54,6 +54,7 @@ class Node:
             await self._bus.subscribe(subjects.request(node_id), self._on_request)
             await self._bus.subscribe(subjects.bodies(node_id), self._on_body)
             await self._bus.subscribe(subjects.control(node_id), self._on_control)
+            await self._bus.subscribe(subjects.hold(node_id), self._on_hub)
             background += [group.create_task(self._pulse.run(), name="pulse"), group.create_task(self.jobs.tick(), name="tick")]
             await until.wait()
             await self._leave()
@@ -198,6 +199,14 @@ class Node:
                 lost = Failure(code="attempt_lost", message="the node doesn't know this attempt any more")
                 is_here = self.jobs.find(message.attempt_id) is not None
                 self._spawn(self._answer(delivery.reply, m.Alive() if is_here else m.Final(index=0, failure=lost)))
+
+    def _on_hub(self, delivery: Delivery) -> None:
+        """Plans are another's to follow."""
+        try:
+            if isinstance(codec.from_hub.read(delivery.data), m.Introduce):
+                self._pulse.introduce()
+        except WireError as error:
+            log.warning("a message of the hub was dropped: %s", error)
 
     async def _answer(self, subject: str, message: m.Final | m.Alive) -> None:
         async def say() -> None:
