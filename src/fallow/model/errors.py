@@ -199,3 +199,27 @@ class SchemaNotMet(FallowError):
     """The model did not manage to write what fits the schema, however often it was asked."""
 
     code = "schema_not_met"
+
+
+class NotAdmitted(FallowError):
+    """Who asked to join may not: no invitation, a used-up or expired one, a ban, or too many tries."""
+
+    code = "not_admitted"
+
+
+class NameTaken(FallowError):
+    """There is one of this name already."""
+
+    code = "name_taken"
+
+
+class UnknownName(FallowError):
+    """There is none of this name: an organisation, a key, an invitation, a member."""
+
+    code = "unknown_name"
+
+
+class StoreFailed(FallowError):
+    """The database can't be reached, or doesn't take what should be written."""
+
+    code = "store_failed"
