@@ -26,7 +26,8 @@ lint: setup
 
 test: setup
 	@$(BIN)/fallow models pull smollm2-135m-instruct all-minilm-l6-v2
-	$(BIN)/pytest
+	$(BIN)/pytest tests --ignore=tests/acceptance -n auto --maxprocesses 4 --dist loadfile
+	$(BIN)/pytest tests/acceptance
 
 # 5,000 generated bodies per endpoint against a real model; half an hour or more.
 fuzz: setup

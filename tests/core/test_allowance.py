@@ -96,7 +96,7 @@ def test_a_bucket_runs_off() -> None:
 )
 def test_who_comes_when_told_is_let_in(calls: int, tokens: int, allowed: Allowance, now_s: float) -> None:
     account = Account(calls=float(calls), tokens=float(tokens), at_s=now_s)
-    for _ in range(3):  # one limit may hide another
+    for _ in range(5):  # one limit may hide another, and after hours of debt rounding may take a millisecond more
         failure = admit(account, allowed, now_s=now_s)
         if failure is None:
             break
