@@ -14,17 +14,19 @@ import msgspec
 
 from bench.load import run
 from fallow.adapters.clock import SystemClock
+from fallow.adapters.files import make_folder
 from fallow.adapters.nats_bus import NatsBus
+from fallow.apps.joining import Joined, join, read_invitation
 from fallow.apps.node.attached import attach
 from fallow.apps.node.node import Node
 from fallow.apps.settings import Settings, load
 from fallow.model.card import Card
-from fallow.model.ids import NodeId, OrgId
+from fallow.model.ids import NodeId
 from fallow.model.owner import Reason, State, Verdict
 from fallow.ports import Delivery, Hear
+from fallow.wire.invitation import Invitation
 
 CARD_LIFE_MS = 24 * 3_600_000
-ORG = OrgId("home")
 READY = "ready"
 
 
@@ -32,8 +34,8 @@ class Place(msgspec.Struct, frozen=True, kw_only=True):
     """Where the nodes of this process join, and what they lend."""
 
     data: Path
-    hub: str
-    secret: str
+    invited: Invitation
+    nodes: int
     engine: str
     slots: int
 
@@ -93,7 +95,16 @@ class Pen:
         self._settings: Settings = load(place.data, {"node.slots": place.slots})
         self._clock = SystemClock()
         self._inmates: dict[str, Inmate] = {}
+        self._identities: dict[str, Joined] = {}
         self.group: asyncio.TaskGroup | None = None
+
+    async def settle(self) -> list[str]:
+        """All nodes join the network; returns their names."""
+        for number in range(self._place.nodes):
+            folder = make_folder(self._place.data / f"{number:03d}")
+            joined = await join(folder, "node", self._place.invited, "", "", self._clock)
+            self._identities[joined.credentials.key.public] = joined
+        return list(self._identities)
 
     async def obey(self, word: str, name: str) -> None:
         """Carry out one command."""
@@ -113,13 +124,14 @@ class Pen:
                 raise ValueError(f"no such command: {word!r}")
 
     async def _start(self, name: str) -> None:
-        bus = NatsBus(self._place.hub, self._place.secret, name)
+        joined = self._identities[name]
+        bus = NatsBus(joined.address, joined.credentials, name, reach=joined.reach)
         await bus.connect()
         found = await attach(f"unix:{self._place.engine}", self._settings)
         now = self._clock.wall_ms()
         card = Card(
             node_id=NodeId(name),
-            org_id=ORG,
+            org_id=joined.org_id,
             sequence=now,
             expires_at_ms=now + CARD_LIFE_MS,
             hardware=found.hardware,
@@ -128,7 +140,7 @@ class Pen:
             serves=frozenset({"own", "partner"}),
         )
         frail = FrailBus(bus)
-        node = Node(card, found.served, frail, self._clock)
+        node = Node(card, found.served, frail, self._clock, joined.credentials.key.sign)
         assert self.group is not None, "commands come only while the group is open"
         self._inmates[name] = Inmate(node, frail, self.group.create_task(node.run(asyncio.Event()), name=name))
 
@@ -151,7 +163,7 @@ async def keep(place: Place) -> None:
     pen = Pen(place)
     async with asyncio.TaskGroup() as group:
         pen.group = group
-        print(READY, flush=True)
+        print(READY, *await pen.settle(), flush=True)
         while line := (await reader.readline()).decode().strip():
             word, _, name = line.partition(" ")
             await pen.obey(word, name)
@@ -162,13 +174,13 @@ async def keep(place: Place) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.steady_pen", description="Many nodes in one process")
     parser.add_argument("--data", type=Path, required=True, help="the folder of their settings")
-    parser.add_argument("--hub", required=True)
-    parser.add_argument("--secret-file", type=Path, required=True)
+    parser.add_argument("--join-file", type=Path, required=True)
+    parser.add_argument("--nodes", type=int, required=True, help="how many there are")
     parser.add_argument("--engine", required=True, help="the stub engine's socket")
     parser.add_argument("--slots", type=int, required=True, help="of each node")
     chosen = parser.parse_args()
-    secret = chosen.secret_file.read_text().strip()
-    run(keep(Place(data=chosen.data, hub=chosen.hub, secret=secret, engine=chosen.engine, slots=chosen.slots)))
+    invited = read_invitation(chosen.join_file.read_text(), str(chosen.join_file))
+    run(keep(Place(data=chosen.data, invited=invited, nodes=chosen.nodes, engine=chosen.engine, slots=chosen.slots)))
 
 
 if __name__ == "__main__":

@@ -2,8 +2,6 @@
 
 import asyncio
 import contextlib
-import hashlib
-import secrets
 import sys
 import tempfile
 from asyncio.subprocess import PIPE, Process
@@ -15,50 +13,22 @@ import msgspec
 import psutil
 
 from bench.children import READY_S, running, running_stub
-from bench.steady_pen import ORG, READY
+from bench.steady_pen import READY
 from fallow.adapters import children
-from fallow.adapters.broker import start_broker
-from fallow.adapters.files import write_private
+from fallow.adapters.clock import SystemClock
 from fallow.adapters.http_engine import HttpEngine
-from fallow.adapters.nats_bus import NatsBus
-from fallow.apps.settings import SECRET_FILE, load
+from fallow.adapters.sql.registry import open_registry
+from fallow.apps.hub import registrar
+from fallow.apps.settings import INVITATION_FILE, Settings, load
 from fallow.apps.up import Part, start_part
-from fallow.model import messages as m
-from fallow.model.call import Grant
-from fallow.model.errors import BrokerLost, EngineFailed, WireError
-from fallow.model.ids import KeyId
-from fallow.ports import Delivery
-from fallow.wire import codec, subjects
+from fallow.model.errors import EngineFailed
+from fallow.model.ids import OrgId
 
 Death = Literal["drop", "hush", "sigkill"]
 POLL_S = 0.05
 KNOWN_S_MAX = 30.0
 NODES_BYTES_MAX = 1024 * 1024
 HEALTH_S = 5.0
-
-
-class KeyRing:
-    """Answers gateways' questions about API keys, as a hub's desk does that has several of them."""
-
-    def __init__(self, bus: NatsBus, keys: Sequence[str]) -> None:
-        self._bus = bus
-        digests = [hashlib.sha256(key.encode()).digest() for key in keys]
-        self._grants = {digest: Grant(key_id=KeyId("key-" + digest.hex()[:12]), org_id=ORG) for digest in digests}
-        self._answers: set[asyncio.Task[None]] = set()
-
-    async def start(self) -> None:
-        await self._bus.subscribe(subjects.KEY.pattern, self._on_query, group="hub")
-
-    def _on_query(self, delivery: Delivery) -> None:
-        with contextlib.suppress(WireError):
-            grant = self._grants.get(codec.key_query.read(delivery.data).key_digest)
-            task = asyncio.ensure_future(self._answer(delivery.reply, m.KeyAnswer(grant=grant)))
-            self._answers.add(task)
-            task.add_done_callback(self._answers.discard)
-
-    async def _answer(self, subject: str, answer: m.KeyAnswer) -> None:
-        with contextlib.suppress(BrokerLost):
-            await self._bus.publish(subject, codec.encode(answer))
 
 
 class Herd(Protocol):
@@ -138,7 +108,7 @@ class Site(msgspec.Struct, frozen=True, kw_only=True):
     base_url: str
     keys: tuple[str, ...]
     hub: str
-    secret_file: Path
+    invitation: Path
     folder: Path
     engine: str
     gateway_pid: int
@@ -174,30 +144,35 @@ async def _ready(client: HttpEngine) -> set[str]:
     }
 
 
+def _make_keys(settings: Settings, count: int) -> tuple[str, ...]:
+    """So many API keys in the hub's registry; blocks."""
+    registry = open_registry(settings.database)
+    try:
+        own = OrgId(settings.organisation.id)
+        return tuple(registrar.make_key(registry, org_id=own, now_ms=SystemClock().wall_ms())[1] for _ in range(count))
+    finally:
+        registry.close()
+
+
 @contextlib.asynccontextmanager
 async def running_site(*, keys: int = 1) -> AsyncIterator[Site]:
     """Broker, gateway and stub engine as processes; the keys are known to us. Nodes are added by `pen` or `lent`."""
     async with contextlib.AsyncExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fallow-bench-")))
         settings = load(folder / "gateway")
-        secret = secrets.token_hex(16)
-        write_private(settings.data / SECRET_FILE, secret)
-        broker = await start_broker(folder / "broker", host="127.0.0.1", port=0, secret=secret)
-        stack.push_async_callback(broker.stop)
-        bus = NatsBus(broker.address, secret, "bench")
-        await bus.connect()
-        stack.push_async_callback(bus.close)
-        ring = tuple(f"fk-{secrets.token_hex(12)}" for _ in range(keys))
-        await KeyRing(bus, ring).start()
-        gateway = await start_part(settings, "gateway", ["--hub", broker.address, "--port", "0"])
+        hub = await start_part(settings, "hub", ["--listen", "127.0.0.1:0"])
+        stack.push_async_callback(children.end, hub.process)
+        hub_address = await hub.address()
+        ring = await asyncio.to_thread(_make_keys, settings, keys)
+        gateway = await start_part(settings, "gateway", ["--port", "0"])
         stack.push_async_callback(children.end, gateway.process)
         base_url = (await gateway.address()).removesuffix("/v1")
         engine = await stack.enter_async_context(running_stub(folder / "stub.sock"))
         yield Site(
             base_url=base_url,
             keys=ring,
-            hub=broker.address,
-            secret_file=settings.data / SECRET_FILE,
+            hub=hub_address,
+            invitation=settings.data / INVITATION_FILE,
             folder=folder,
             engine=engine,
             gateway_pid=gateway.process.pid,
@@ -207,15 +182,15 @@ async def running_site(*, keys: int = 1) -> AsyncIterator[Site]:
 @contextlib.asynccontextmanager
 async def pen(site: Site, *, nodes: int, slots: int) -> AsyncIterator[PenHerd]:
     """So many nodes in one process, known to the gateway."""
-    where = ["--data", str(site.folder / "pen"), "--hub", site.hub, "--secret-file", str(site.secret_file)]
+    where = ["--data", str(site.folder / "pen"), "--join-file", str(site.invitation), "--nodes", str(nodes)]
     where += ["--engine", site.engine, "--slots", str(slots)]
     async with running(sys.executable, "-m", "bench.steady_pen", *where, output=PIPE, talks=True) as process:
         assert process.stdout is not None
         async with asyncio.timeout(READY_S):
-            said = (await process.stdout.readline()).decode().strip()
-        if said != READY:
-            raise RuntimeError(f"the nodes' process did not start: {said!r}")
-        herd = PenHerd(process, [f"node-{number:02d}" for number in range(nodes)])
+            ready, *names = (await process.stdout.readline()).decode().split()
+        if ready != READY:
+            raise RuntimeError(f"the nodes' process did not start: {ready!r}")
+        herd = PenHerd(process, names)
         for name in herd.names:
             await herd.start(name)
         await site.know(herd.names)
@@ -225,7 +200,7 @@ async def pen(site: Site, *, nodes: int, slots: int) -> AsyncIterator[PenHerd]:
 @contextlib.asynccontextmanager
 async def lent(site: Site, *, nodes: int, slots: int) -> AsyncIterator[LentHerd]:
     """So many `fallow lend` processes, known to the gateway."""
-    where = ["--hub", site.hub, "--secret-file", str(site.secret_file), "--engine", f"unix:{site.engine}"]
+    where = ["--join-file", str(site.invitation), "--engine", f"unix:{site.engine}"]
     herd = LentHerd(site.folder, [*where, "--slots", str(slots), "--profile", "dedicated"])
     try:
         await herd.add(nodes)

@@ -5,7 +5,7 @@ from contextlib import AbstractAsyncContextManager
 from typing import NamedTuple, Protocol
 
 from fallow.model.identity import Agreement, ApiKey, Invite, LogEntry, Member, MemberRole, Organisation
-from fallow.model.ids import KeyId, OrgId
+from fallow.model.ids import KeyId, NodeId, OrgId
 from fallow.model.messages import Head
 
 
@@ -18,12 +18,16 @@ class Clock(Protocol):
 
 
 class Delivery(NamedTuple):
-    """One message as it came off the bus. `unheard` is set when it only says that nobody listens there."""
+    """One message as it came off the bus. `unheard` is set when it only says that nobody listens there.
+
+    `host` is the sender's address where the broker itself tells it, else empty.
+    """
 
     subject: str
     reply: str
     data: bytes
     unheard: bool
+    host: str = ""
 
 
 Hear = Callable[[Delivery], None]
@@ -72,21 +76,24 @@ class Changes(NamedTuple):
     all_of_them: bool
 
 
-class Registry(Protocol):
-    """Who takes part, kept for good. Every method is one transaction, blocks, and may raise StoreFailed.
+class Organisations(Protocol):
+    """Organisations, and what they agreed on. Every method is one transaction."""
 
-    Adding what is there raises NameTaken, changing what isn't there UnknownName.
-    """
+    def add(self, organisation: Organisation) -> None: ...
 
-    def add_organisation(self, organisation: Organisation) -> None: ...
+    def all(self) -> list[Organisation]: ...
 
-    def organisations(self) -> list[Organisation]: ...
-
-    def agree(self, agreement: Agreement) -> None: ...
+    def agree(self, agreement: Agreement) -> None:
+        """Add an agreement, or one anew between two whose last one has ended."""
+        ...
 
     def end_agreement(self, left: OrgId, right: OrgId, *, at_ms: int) -> None: ...
 
     def agreements(self) -> list[Agreement]: ...
+
+
+class Members(Protocol):
+    """Invitations, and the nodes and gateways that joined. Every method is one transaction."""
 
     def add_invite(self, invite: Invite) -> None: ...
 
@@ -97,7 +104,8 @@ class Registry(Protocol):
     def admit(self, member: Member, *, word_digest: bytes) -> Member:
         """Let a member in by the invitation with this word, which is used once more unless the member is known already.
 
-        `word_digest` empty: only who is known is let in, and what is known of it returned. Raises NotAdmitted.
+        `member.joined_at_ms` is now; organisation and invitation follow from the word. `word_digest` empty: only who is known is let
+        in, and what is known of it returned. Raises NotAdmitted.
         """
         ...
 
@@ -105,34 +113,65 @@ class Registry(Protocol):
         """Let a member in without an invitation; raises NotAdmitted if it is banned."""
         ...
 
-    def member(self, public_key: str) -> Member | None: ...
+    def named(self, public_key: str) -> Member | None: ...
 
-    def members(self, role: MemberRole | None = None) -> list[Member]: ...
+    def all(self, role: MemberRole | None = None) -> list[Member]: ...
 
     def ban(self, public_key: str, *, at_ms: int | None, why: str = "") -> None:
         """Put a member out; `at_ms` None takes the ban back."""
         ...
 
-    def add_key(self, key: ApiKey) -> None: ...
 
-    def key(self, digest: bytes) -> ApiKey | None:
+class Keys(Protocol):
+    """API keys, by their digests. Every method is one transaction."""
+
+    def add(self, key: ApiKey) -> None: ...
+
+    def all(self) -> list[ApiKey]: ...
+
+    def find(self, digest: bytes) -> ApiKey | None:
         """The key with this SHA-256, compared in constant time."""
         ...
 
-    def keys(self) -> list[ApiKey]: ...
+    def named(self, id: KeyId) -> ApiKey:
+        """The key with this public name; raises UnknownName."""
+        ...
 
-    def change_key(self, key: ApiKey) -> None:
+    def change(self, key: ApiKey) -> None:
         """All but its id may change."""
         ...
 
-    def key_named(self, id: KeyId) -> ApiKey: ...
 
-    def changes_after(self, number: int) -> Changes: ...
+class CardLog(Protocol):
+    """The public log of cards: a hash chain to which one can only append. Every method is one transaction."""
 
-    def log_card(self, node_id: str, card: bytes, *, at_ms: int) -> LogEntry:
-        """Append to the public log of cards; the newest entry of the node is returned if it is the same card."""
+    def append(self, node_id: NodeId, card: bytes, *, at_ms: int) -> LogEntry:
+        """The newest entry of the node is returned if it is the same card."""
         ...
 
-    def log_after(self, number: int, *, limit: int) -> list[LogEntry]: ...
+    def after(self, number: int, *, limit: int) -> list[LogEntry]:
+        """The entries after this number, oldest first."""
+        ...
+
+
+class Registry(Protocol):
+    """Who takes part, kept for good. Every method of its parts is one transaction, blocks, and may raise StoreFailed.
+
+    Adding what is there raises NameTaken, changing what isn't there UnknownName.
+    """
+
+    @property
+    def organisations(self) -> Organisations: ...
+
+    @property
+    def members(self) -> Members: ...
+
+    @property
+    def keys(self) -> Keys: ...
+
+    @property
+    def cards(self) -> CardLog: ...
+
+    def changes_after(self, number: int) -> Changes: ...
 
     def close(self) -> None: ...

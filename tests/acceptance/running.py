@@ -15,6 +15,8 @@ import psutil
 import pytest
 import requests
 
+from fallow.adapters.nkey import kept_key
+
 MODEL = "smollm2-135m-instruct"
 EMBEDDER = "all-minilm-l6-v2"
 START_S = 60.0
@@ -37,6 +39,13 @@ def until(said: Callable[[], Any], *, within_s: float = START_S, what: str = "it
 def fallow(*arguments: str, stdin: str | None = None) -> "subprocess.CompletedProcess[str]":
     """Run a command to its end."""
     return subprocess.run([*FALLOW, *arguments], capture_output=True, text=True, timeout=START_S, input=stdin)
+
+
+def node_id_of(data: Path) -> str:
+    """The id of the node on a data folder: its public key, which is made when it first joins."""
+    file = data / "identity" / "node.nk"
+    until(file.exists, what=f"a key in {data.name}")
+    return kept_key(file, "user").public
 
 
 class Running:
@@ -189,25 +198,15 @@ class Apart:
     def start_hub_and_gateway(self) -> Service:
         data = self.folder / "hub"
         hub = self.parts["hub"] = Running(data, "hub", "--listen", "127.0.0.1:0", "--verbose")
-        ports = data / "broker"
-        found = until(lambda: list(ports.glob("*.ports")) and (data / "key").exists() and (data / "secret").exists(), what="the hub")
-        assert found, hub.said()
-        self.hub_address = until(lambda: self._broker(ports), what="the broker's port")
+        until(lambda: "The hub is up" in hub.said() or hub.process.poll() is not None, what="the hub")
+        assert hub.process.poll() is None, hub.said()
+        self.hub_address = msgspec.json.decode((data / "hub.json").read_bytes())["addresses"][0]
         gateway = self.parts["gateway"] = Running(data, "gateway", "--hub", self.hub_address, "--port", "0")
         address = data / "gateway.json"
         until(lambda: address.exists() or gateway.process.poll() is not None, what="the gateway")
         assert address.exists(), gateway.said()
         base_url = msgspec.json.decode(address.read_bytes(), type=dict[str, str])["base_url"]
         return Service(base_url, (data / "key").read_text().strip(), self.parts)
-
-    @staticmethod
-    def _broker(ports: Path) -> str:
-        for path in ports.glob("*.ports"):
-            try:
-                return str(msgspec.json.decode(path.read_bytes())["nats"][0])
-            except (msgspec.DecodeError, KeyError):
-                continue
-        return ""
 
     def lend(
         self,
@@ -222,7 +221,7 @@ class Apart:
         data = self.folder / name
         data.mkdir()
         (data / "settings.toml").write_text(SETTINGS.format(load_wait_s=load_wait_s, stall_s=stall_s, lend=lend, region=region) + more)
-        flags = ["--hub", self.hub_address, "--secret-file", str(self.folder / "hub" / "secret"), *arguments]
+        flags = ["--hub", self.hub_address, "--join-file", str(self.folder / "hub" / "invitation"), *arguments]
         if "--profile" not in arguments:
             flags += ["--profile", "dedicated"]  # the tests' own work is no owner's
         self.parts[name] = Running(data, "lend", *flags)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import anthropic
 import openai
 import pytest
-from running import MODEL, Apart, Running, Service, fallow, until, wait_ready
+from running import MODEL, Apart, Running, Service, fallow, node_id_of, until, wait_ready
 
 TOKENS = 40
 BREAK_AT = 15
@@ -117,7 +117,7 @@ def test_who_reads_an_answer_reads_on(apart: Apart, how: str) -> None:
     service = apart.start_hub_and_gateway()
     lenders = [apart.lend(name, "--threads", "1") for name in ("node1", "node2")]
     wait_ready(service, 2)
-    nodes = {(one.data / "node_id").read_text().strip(): one for one in lenders}
+    nodes = {node_id_of(one.data): one for one in lenders}
 
     def strike(node_id: str) -> None:
         struck.append(node_id)
@@ -152,7 +152,7 @@ def test_a_stream_that_nobody_can_go_on_with_says_so(apart: Apart) -> None:
     service = apart.start_hub_and_gateway()
     lenders = [apart.lend(name, "--threads", "1") for name in ("node1", "node2")]
     wait_ready(service, 2)
-    nodes = {(one.data / "node_id").read_text().strip(): one for one in lenders}
+    nodes = {node_id_of(one.data): one for one in lenders}
     with service.client() as client:
         stream = client.chat.completions.create(
             model=MODEL,

@@ -151,13 +151,13 @@ class Grounds:
 
     def start(self, level: str, user: str, *, engine: str = "escape", files: tuple[Path, ...] = ()) -> Held:
         folder, models = self.folder / str(len(self._running)), self.models(user)
-        self._own(folder, user, {"key": "key", "secret": "secret"})
+        self._own(folder, user, {"key": "key", "invitation": "secret"})
         process = subprocess.Popen(
             [self.python(user), str(HELPERS / "jailer.py")],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={"PATH": os.defpath, "HOME": str(folder), "FALLOW_SECRET": "canary"},
+            env={"PATH": os.defpath, "HOME": str(folder), "FALLOW_JOIN": "canary"},
             start_new_session=True,
             user=NOBODY if user == "nobody" else None,
             group=NOBODY if user == "nobody" else None,
@@ -222,7 +222,7 @@ ATTEMPTS: list[tuple[str, str, Make, str]] = [
     ("the root", "list", given("/"), "both"),
     ("temporary files", "list", given("/tmp"), "both"),
     ("key", "read", lambda held: (str(held.folder / "key"),), "both"),
-    ("secret", "read", lambda held: (str(held.folder / "secret"),), "both"),
+    ("invitation", "read", lambda held: (str(held.folder / "invitation"),), "both"),
     ("another model", "read", lambda held: (str(held.models / "private.gguf"),), "both"),
     ("which models", "list", lambda held: (str(held.models),), "both"),
     ("environment of the first process", "read", given("/proc/1/environ"), "none"),

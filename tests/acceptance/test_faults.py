@@ -6,7 +6,7 @@ from typing import Any
 
 import psutil
 import pytest
-from running import MODEL, Apart, Running, Service, until, wait_ready
+from running import MODEL, Apart, Running, Service, node_id_of, until, wait_ready
 
 SHORT: dict[str, Any] = {"model": MODEL, "prompt": "Hello", "max_tokens": 3, "temperature": 0}
 ENDLESS: dict[str, Any] = {"model": MODEL, "prompt": "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13,", "max_tokens": 3_000, "temperature": 0}
@@ -52,7 +52,7 @@ def two_nodes(apart: Apart) -> tuple[Service, dict[str, Running]]:
     service = apart.start_hub_and_gateway()
     lenders = [apart.lend("node1", "--threads", "1"), apart.lend("node2", "--threads", "1")]
     wait_ready(service, 2)
-    return service, {(one.data / "node_id").read_text().strip(): one for one in lenders}
+    return service, {node_id_of(one.data): one for one in lenders}
 
 
 def caught(service: Service, nodes: dict[str, Running], *, stream: bool) -> tuple[Caller, Running]:

@@ -15,7 +15,7 @@ from typing import Any
 import openai
 import psutil
 import pytest
-from running import MODEL, Apart, Running, Service, fallow, until, wait_ready
+from running import MODEL, Apart, Running, Service, fallow, node_id_of, until, wait_ready
 
 LIMITS = """
 [lend]
@@ -44,7 +44,7 @@ class Lender:
         (apart.folder / name).mkdir()
         self.text = LIMITS.format(others=others, resume_s=resume_s) + more
         self.settings.write_text(self.text)
-        flags = ["--hub", apart.hub_address, "--secret-file", str(apart.folder / "hub" / "secret")]
+        flags = ["--hub", apart.hub_address, "--join-file", str(apart.folder / "hub" / "invitation")]
         self.node = apart.parts[name] = Running(apart.folder / name, "lend", *flags)
         self.data = str(apart.folder / name)
 
@@ -63,8 +63,7 @@ class Lender:
 
     @property
     def node_id(self) -> str:
-        path = Path(self.data) / "node_id"
-        return path.read_text().strip() if path.exists() else ""
+        return node_id_of(Path(self.data))
 
     def ready(self) -> None:
         until(lambda: self.service.readiness().get(self.node_id) == "ready", what="the engine")
@@ -138,7 +137,7 @@ def test_a_pause_outlives_the_node(lender: Lender, apart: Apart) -> None:
     lender.node.stop()
     offline = fallow("lend", "status", "--data", lender.data)
     assert (offline.returncode, offline.stderr.count("\n")) == (1, 1)
-    again = Running(Path(lender.data), "lend", "--hub", apart.hub_address, "--secret-file", str(apart.folder / "hub" / "secret"))
+    again = Running(Path(lender.data), "lend", "--hub", apart.hub_address, "--join-file", str(apart.folder / "hub" / "invitation"))
     apart.parts["lender"] = again
     until(lambda: "Not now: you paused it" in again.said(), what="the word at the start")
     assert lender.status()["reason"] == "owner_paused"

@@ -55,12 +55,12 @@ def test_a_taken_port_says_so_in_one_line(service: Service, tmp_path: Path) -> N
 def test_secrets_are_for_their_owner_only(service: Service) -> None:
     data = service.parts["up"].data
     assert stat.S_IMODE(data.stat().st_mode) & 0o077 == 0 or data.stat().st_mode
-    for name in ("key", "secret", "gateway.json", "settings.toml", "broker/broker.conf"):
+    for name in ("key", "invitation", "hub.db", "gateway.json", "settings.toml", "broker/broker.conf", "identity/node.nk"):
         assert stat.S_IMODE((data / name).stat().st_mode) == 0o600, name
     for process in service.parts["up"].family():
         words = " ".join(process.cmdline())
         assert service.key not in words
-        assert (data / "secret").read_text().strip() not in words
+        assert (data / "invitation").read_text().strip() not in words
 
 
 def test_status_and_nodes(service: Service) -> None:

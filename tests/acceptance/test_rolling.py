@@ -15,11 +15,9 @@ import pytest
 from running import FALLOW, Apart, Running, Service, start_up, until, wait_ready
 from running import MODEL as REAL_MODEL
 
-from fallow.adapters.broker import find_server
-
 ROOT = Path(__file__).parents[2]
+HELPERS = ROOT / "tests" / "helpers"
 MODEL = "stub"
-SECRET = "rolling-secret"
 CALLERS = 3
 CALLS_MAX = 150
 """Of each caller; it stops sooner, when everything has been restarted."""
@@ -142,16 +140,16 @@ class Site(Apart):
 
     def start(self) -> None:
         port = free_port()
-        self._spawn(str(find_server()), "-a", "127.0.0.1", "-p", str(port), "--auth", SECRET)
-        self.hub_address = f"nats://127.0.0.1:{port}"
-        until(lambda: is_open(port), what="the broker")
         data = self.folder / "hub"
         data.mkdir()
-        (data / "secret").write_text(SECRET + "\n")
+        keys = data / "hub" / "keys"
+        self._spawn(sys.executable, str(HELPERS / "trusting_broker.py"), str(keys), str(self.folder / "broker"), str(port))
+        self.hub_address = f"nats://127.0.0.1:{port}"
+        until(lambda: is_open(port), what="the broker")
         self.parts["hub"] = Running(data, "hub", "--broker", self.hub_address)
         until(lambda: "The hub is up" in self.parts["hub"].said(), what="the hub")
         for name in ("gateway1", "gateway2"):
-            flags = ["--hub", self.hub_address, "--port", str(free_port()), "--secret-file", str(data / "secret")]
+            flags = ["--hub", self.hub_address, "--port", str(free_port()), "--join-file", str(data / "invitation")]
             self.parts[name] = Running(self.folder / name, "gateway", *flags)
         engine = self._spawn(sys.executable, "-m", "bench.stub_engine")
         assert engine.stdout is not None

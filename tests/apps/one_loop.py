@@ -8,18 +8,22 @@ from types import TracebackType
 from typing import Any, Self
 
 import msgspec
+from one_key import OneKeyDesk
 
 from fallow.adapters.memory_bus import MemoryBroker, MemoryBus
+from fallow.adapters.nkey import make_key
+from fallow.apps.card_check import Verify, anyones
 from fallow.apps.gateway.main import Gateway
-from fallow.apps.hub.main import KeyDesk
 from fallow.apps.node.attached import PATHS
 from fallow.apps.node.node import Node
 from fallow.apps.node.served import EVENTS, JSON, NO_PAST, Past, Piece, load_of
+from fallow.core.cards import CARD_LIFE_MS
 from fallow.core.slots import Asker
 from fallow.model import messages as m
 from fallow.model.card import Card, Hardware
 from fallow.model.errors import Failure
 from fallow.model.ids import AttemptId, CallId, GatewayId, KeyId, NodeId, OrgId
+from fallow.model.needs import COUNTRY_UNKNOWN
 from fallow.model.offer import Load, Offer, Price, Speed
 from fallow.model.receipt import Usage
 from fallow.wire import codec, subjects
@@ -29,6 +33,10 @@ MODEL = "tiny"
 KEY = "fk-test"
 ORG = OrgId("home")
 GATEWAY = GatewayId("gw-1")
+SIGN = make_key("user").sign
+"""Of nobody's key: nodes have made-up names here."""
+BEGINNING_MS = 1_000_000
+WALL_BEGINNING_MS = 1_700_000_000_000 + BEGINNING_MS
 POLL_S = 0.002
 WITHIN_S = 5.0
 
@@ -53,17 +61,22 @@ async def turns(count: int = 30) -> None:
         await asyncio.sleep(0)
 
 
+def believed(card: Card) -> bool:
+    """For gateways and hubs among nodes whose names are no keys."""
+    return True
+
+
 class FakeClock:
     """A clock that moves when told."""
 
     def __init__(self) -> None:
-        self._ms = 1_000_000
+        self._ms = BEGINNING_MS
 
     def now_ms(self) -> int:
         return self._ms
 
     def wall_ms(self) -> int:
-        return 1_700_000_000_000 + self._ms
+        return WALL_BEGINNING_MS - BEGINNING_MS + self._ms
 
     def advance(self, ms: int) -> None:
         self._ms += ms
@@ -74,7 +87,7 @@ def card_of(node_id: str, *, sequence: int = 1) -> Card:
         node_id=NodeId(node_id),
         org_id=ORG,
         sequence=sequence,
-        expires_at_ms=2**50,
+        expires_at_ms=WALL_BEGINNING_MS + CARD_LIFE_MS,
         hardware=Hardware(kind="cpu", isa="x86_64-avx2", cores=4, memory_bytes=2**33),
         isolation="none",
         region="here",
@@ -349,13 +362,13 @@ class Overheard(MemoryBroker):
 class Network:
     """Everything, joined by one MemoryBroker. Faults that ended up in the event loop's log fail the test."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, country: str = COUNTRY_UNKNOWN, verify: Verify = believed) -> None:
         self.broker = Overheard()
         self.clock = FakeClock()
         self.bus = MemoryBus(self.broker)
         self.hub_bus = MemoryBus(self.broker)
         self.hand = MemoryBus(self.broker)
-        self.gateway = Gateway(GATEWAY, self.bus, self.clock)
+        self.gateway = Gateway(GATEWAY, self.bus, self.clock, country, org_of=anyones, verify=verify)
         self.node_clocks: dict[str, FakeClock] = {}
         self.faults: list[dict[str, Any]] = []
         self._stops: list[tuple[asyncio.Event, asyncio.Task[None]]] = []
@@ -364,7 +377,7 @@ class Network:
     async def __aenter__(self) -> Self:
         asyncio.get_running_loop().set_exception_handler(lambda _, context: self.faults.append(context))
         await self._desk_group.__aenter__()
-        await KeyDesk(self.hub_bus, KEY, ORG).start(self._desk_group)
+        await OneKeyDesk(self.hub_bus, KEY, ORG).start(self._desk_group)
         self._start(self.gateway.run)
         await turns()
         return self
@@ -396,7 +409,7 @@ class Network:
     async def add(self, node_id: str, served: FakeServed) -> tuple[asyncio.Event, "asyncio.Task[None]"]:
         """A node that the gateway knows; returns what stops it and the task that it is."""
         clock = self.node_clocks[node_id] = FakeClock()
-        node = Node(card_of(node_id), [served], MemoryBus(self.broker), clock)
+        node = Node(card_of(node_id), [served], MemoryBus(self.broker), clock, SIGN)
         running = self._start(node.run)
         await self.knows(node_id)
         return running

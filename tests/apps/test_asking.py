@@ -141,6 +141,7 @@ class Told:
 
     def __init__(self) -> None:
         self.count = 0
+        self.pulse = self
 
     def introduce(self) -> None:
         self.count += 1

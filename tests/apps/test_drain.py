@@ -22,9 +22,9 @@ from fallow.model.owner import Verdict
 from fallow.wire import codec
 
 if TYPE_CHECKING:  # the same file under the two names by which mypy and pytest know it
-    from tests.apps.one_loop import Endless, FakeClock, FakeServed, Network, Receive, Scope, Send, card_of, request_of, turns, until
+    from tests.apps.one_loop import SIGN, Endless, FakeClock, FakeServed, Network, Receive, Scope, Send, card_of, request_of, turns, until
 else:
-    from one_loop import Endless, FakeClock, FakeServed, Network, Receive, Scope, Send, card_of, request_of, turns, until
+    from one_loop import SIGN, Endless, FakeClock, FakeServed, Network, Receive, Scope, Send, card_of, request_of, turns, until
 
 LONG_S = 60.0
 SHORT_S = 0.02
@@ -37,7 +37,7 @@ class Drained:
     def __init__(self, network: Network, node_id: str, served: FakeServed) -> None:
         self.network = network
         self.node_id = node_id
-        self.node = Node(card_of(node_id), [served], MemoryBus(network.broker), FakeClock())
+        self.node = Node(card_of(node_id), [served], MemoryBus(network.broker), FakeClock(), SIGN)
         self.now = asyncio.Event()
         self.closing = asyncio.Event()
         self.running = asyncio.ensure_future(self.node.run(self.closing))

@@ -10,9 +10,10 @@ import msgspec
 import pytest
 import vendor
 from msgspec.structs import replace
+from one_key import OneKeyDesk
 
 from fallow.adapters.memory_bus import MemoryBus
-from fallow.apps.hub.main import KeyDesk, allowance_of
+from fallow.apps.hub.founding import allowance_of
 from fallow.apps.settings import Key
 from fallow.core.admit import GATEWAY_CALLS_MAX
 from fallow.model import messages as m
@@ -41,7 +42,7 @@ async def little(network: Network, **allowed: Any) -> AsyncIterator[None]:
     await network.hub_bus.close()
     bus = MemoryBus(network.broker)
     async with asyncio.TaskGroup() as group:
-        await KeyDesk(bus, LITTLE, ORG, Policy(), Allowance(**allowed)).start(group)
+        await OneKeyDesk(bus, LITTLE, ORG, Policy(), Allowance(**allowed)).start(group)
         yield
         await bus.close()
 

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import vendor
+from one_key import OneKeyDesk
 
 from fallow.adapters.memory_bus import MemoryBus
-from fallow.apps.hub.main import POLICY_BYTES_MAX, KeyDesk, policy_of
+from fallow.apps.hub.founding import POLICY_BYTES_MAX, policy_of
 from fallow.apps.settings import Key
 from fallow.model.errors import BadSetting
 from fallow.model.ids import OrgId
@@ -48,7 +49,7 @@ async def narrow(network: Network, policy: Policy = POLICY) -> AsyncIterator[Non
     await network.hub_bus.close()
     bus = MemoryBus(network.broker)
     async with asyncio.TaskGroup() as group:
-        await KeyDesk(bus, NARROW, ORG, policy).start(group)
+        await OneKeyDesk(bus, NARROW, ORG, policy).start(group)
         yield
         await bus.close()
 

@@ -704,7 +704,8 @@ def test_the_gateway_uses_nothing_that_is_deprecated() -> None:
 from fallow.adapters.clock import SystemClock
 from fallow.adapters.memory_bus import MemoryBroker, MemoryBus
 from fallow.apps.gateway.main import Gateway
-Gateway("gw-1", MemoryBus(MemoryBroker()), SystemClock())
+from fallow.apps.card_check import anyones
+Gateway("gw-1", MemoryBus(MemoryBroker()), SystemClock(), org_of=anyones)
 """
     built = subprocess.run([sys.executable, "-W", "error::DeprecationWarning", "-c", code], capture_output=True, text=True, timeout=20)
     assert built.returncode == 0, built.stderr

@@ -18,9 +18,9 @@ from fallow.model.offer import Price
 from fallow.wire import codec, subjects
 
 if TYPE_CHECKING:  # the same file under the two names by which mypy and pytest know it
-    from tests.apps.one_loop import Network, turns
+    from tests.apps.one_loop import Network, believed, turns
 else:
-    from one_loop import Network, turns
+    from one_loop import Network, believed, turns
 
 pytestmark = pytest.mark.anyio
 
@@ -53,7 +53,8 @@ async def desk(network: Network, data: Path, *past: m.IndexPrice) -> None:
     """A hub that remembers this."""
     record = PriceRecord(data)
     record.keep(PriceIndex(), past, now_ms=AT_MS)
-    await PriceDesk(network.hub_bus, HubRoster(network.hub_bus, network.clock), record, network.clock).start(network._desk_group)
+    roster = HubRoster(network.hub_bus, network.clock, verify=believed)
+    await PriceDesk(network.hub_bus, roster, record, network.clock).start(network._desk_group)
 
 
 async def test_prices_are_told_in_credits_per_million_tokens() -> None:

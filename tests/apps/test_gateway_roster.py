@@ -1,28 +1,49 @@
 """What a gateway believes: which nodes there are, whose keys it is shown, and nothing of what is nonsense."""
 
 import asyncio
+import logging
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import pytest
+from one_key import OneKeyDesk
 
 from fallow.adapters.memory_bus import MemoryBus
+from fallow.adapters.nkey import make_key
+from fallow.apps import card_check
 from fallow.apps.gateway import keys
-from fallow.apps.hub.main import KeyDesk
+from fallow.apps.node.node import Node
 from fallow.core import credit
+from fallow.core.cards import CARD_LIFE_MAX_MS
 from fallow.core.roster import SUSPECTED_AFTER_MS
 from fallow.model import messages as m
+from fallow.model.card import Card
 from fallow.model.errors import Failure, InvalidApiKey
 from fallow.model.ids import AttemptId, NodeId, OrgId
 from fallow.model.offer import Offer, Price, Speed
 from fallow.model.receipt import Usage
 from fallow.wire import codec, subjects
+from fallow.wire.sign import card_verifies, signed_card
 
 if TYPE_CHECKING:  # the same file under the two names by which mypy and pytest know it
-    from tests.apps.one_loop import KEY, MODEL, FakeServed, Network, beat_of, offer_of, request_of, turns, until
+    from tests.apps.one_loop import (
+        GATEWAY,
+        KEY,
+        MODEL,
+        WALL_BEGINNING_MS,
+        FakeServed,
+        Network,
+        beat_of,
+        card_of,
+        offer_of,
+        request_of,
+        turns,
+        until,
+    )
 else:
-    from one_loop import KEY, MODEL, FakeServed, Network, beat_of, offer_of, request_of, turns, until
+    from one_loop import GATEWAY, KEY, MODEL, WALL_BEGINNING_MS, FakeServed, Network, beat_of, card_of, offer_of, request_of, turns, until
 
 pytestmark = pytest.mark.anyio
 
@@ -177,6 +198,192 @@ async def test_a_stranger_is_asked_for_its_card_before_it_gets_work() -> None:
         assert network.gateway.roster.offers() == []
         await until(lambda: node.heard_of(m.Introduce))
         assert node.heard_of(m.Introduce) == [m.Introduce(gateway_id=network.gateway.exchange.gateway_id)]
+
+
+# cards
+class Signer:
+    """A node with a key of its own, which a test plays: its cards, and heartbeats that bring them."""
+
+    def __init__(self, network: Network) -> None:
+        self._network = network
+        self._key = make_key("user")
+        self.node_id = NodeId(self._key.public)
+        self._sequence = 0
+
+    def card(self, sequence: int = 1, **more: Any) -> Card:
+        """Signed as it should be."""
+        return signed_card(msgspec.structs.replace(card_of(self.node_id, sequence=sequence), **more), self._key.sign)
+
+    async def beat(self, card: Card | None, *, card_sequence: int | None = None, decode: float = 1.0) -> None:
+        self._sequence += 1
+        offer = offer_of(self.node_id, speed=Speed(decode_tokens_per_s=decode))
+        beat = msgspec.structs.replace(
+            beat_of(self.node_id, self._sequence, offers=(offer,)),
+            card=card,
+            card_sequence=card.sequence if card is not None else card_sequence,
+        )
+        await self._network.hand.publish(f"hb.{self.node_id}", codec.encode(beat))
+        await turns()
+
+    @property
+    def believed(self) -> Card | None:
+        """What the gateway believes of it; without a card it offers nothing."""
+        card = self._network.gateway.roster.card(self.node_id)
+        assert (card is not None) == bool(self._network.gateway.roster.offers())
+        return card
+
+
+def tampered(signer: Signer) -> Card:
+    return msgspec.structs.replace(signer.card(2), region="elsewhere")
+
+
+def unsigned(signer: Signer) -> Card:
+    return msgspec.structs.replace(signer.card(2), signature=b"")
+
+
+def signed_by_another(signer: Signer) -> Card:
+    return signed_card(signer.card(2), make_key("user").sign)
+
+
+def expired(signer: Signer) -> Card:
+    return signer.card(2, expires_at_ms=WALL_BEGINNING_MS)
+
+
+def eternal(signer: Signer) -> Card:
+    return signer.card(2, expires_at_ms=WALL_BEGINNING_MS + CARD_LIFE_MAX_MS + 1)
+
+
+def older(signer: Signer) -> Card:
+    return signer.card(0)
+
+
+def another_of_the_same_number(signer: Signer) -> Card:
+    return signer.card(1, org_id=OrgId("other"))
+
+
+NEVER_GOOD = [(tampered, "signature"), (unsigned, "signature"), (signed_by_another, "signature"), (expired, "expired"), (eternal, "life")]
+REPLAYED = [(older, "replayed"), (another_of_the_same_number, "replayed")]
+Bad = Callable[[Signer], Card]
+
+
+async def refused(network: Network, reason: str) -> int:
+    page = (await network.get("/metrics")).body.decode()
+    [line] = [line for line in page.splitlines() if line.startswith(f'fallow_cards_refused_total{{reason="{reason}"}}')]
+    return int(float(line.split()[-1]))
+
+
+@pytest.mark.parametrize(("bad", "reason"), NEVER_GOOD)
+async def test_a_node_whose_card_does_not_verify_gets_no_calls(bad: Bad, reason: str, caplog: pytest.LogCaptureFixture) -> None:
+    async with Network(verify=card_verifies) as network:
+        signer = Signer(network)
+        assert await refused(network, reason) == 0
+        with caplog.at_level(logging.WARNING):
+            for _ in range(3):
+                await signer.beat(bad(signer))
+        assert signer.believed is None
+        assert (await network.get("/fallow/nodes")).json["nodes"] == []
+        assert (await network.ask().done()).code == "no_node"
+        assert await refused(network, reason) == 3
+        assert [record.getMessage().count(signer.node_id) for record in caplog.records] == [1], "it is said once"
+        await signer.beat(signer.card(3))
+        assert signer.believed == signer.card(3)
+
+
+@pytest.mark.parametrize(("bad", "reason"), NEVER_GOOD + REPLAYED)
+async def test_a_good_card_stays_when_a_bad_one_comes(bad: Bad, reason: str) -> None:
+    async with Network(verify=card_verifies) as network:
+        signer = Signer(network)
+        await signer.beat(signer.card())
+        await signer.beat(bad(signer), decode=2.0)
+        assert signer.believed == signer.card()
+        assert [offer.speed.decode_tokens_per_s for offer in network.gateway.roster.offers()] == [1.0], "nor what it offers with it"
+        await signer.beat(None, card_sequence=bad(signer).sequence)
+        assert signer.believed == signer.card()
+        assert await refused(network, reason) == 1
+        [node] = (await network.get("/fallow/nodes")).json["nodes"]
+        assert node["node_id"] == signer.node_id
+        await signer.beat(signer.card(5))
+        assert signer.believed == signer.card(5)
+
+
+async def test_a_card_that_expires_must_be_renewed() -> None:
+    async with Network(verify=card_verifies) as network:
+        signer = Signer(network)
+        await signer.beat(signer.card(expires_at_ms=WALL_BEGINNING_MS + 1_000))
+        network.clock.advance(999)
+        await signer.beat(None, card_sequence=1)
+        assert signer.believed is not None
+        network.clock.advance(1)
+        await signer.beat(None, card_sequence=1)
+        assert signer.believed is None
+        await network.gateway.roster.refresh()
+        asked = network.broker.sent_to(f"n.{signer.node_id}.ctl")
+        assert [codec.to_node.read(data) for data in asked] == [m.Introduce(gateway_id=GATEWAY)]
+        await signer.beat(signer.card(2))
+        assert signer.believed == signer.card(2)
+
+
+async def test_a_node_whose_card_was_refused_is_not_asked_for_it_again_and_again() -> None:
+    async with Network(verify=card_verifies) as network:
+        signer = Signer(network)
+
+        async def asked() -> int:
+            await signer.beat(None, card_sequence=2)
+            await network.gateway.roster.refresh()
+            return len(network.broker.sent_to(f"n.{signer.node_id}.ctl"))
+
+        await signer.beat(unsigned(signer))
+        assert [await asked() for _ in range(3)] == [0, 0, 0]
+        network.clock.advance(card_check.ASK_AGAIN_MS)
+        assert await asked() == 1
+
+
+async def test_who_was_believed_since_is_asked_at_once() -> None:
+    async with Network(verify=card_verifies) as network:
+        signer = Signer(network)
+        await signer.beat(unsigned(signer))
+        await signer.beat(signer.card(3))
+        await signer.beat(None, card_sequence=4)
+        await network.gateway.roster.refresh()
+        assert len(network.broker.sent_to(f"n.{signer.node_id}.ctl")) == 1
+
+
+async def test_only_so_many_refused_cards_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(card_check, "REFUSED_MAX", 2)
+    async with Network(verify=card_verifies) as network:
+        signers = [Signer(network) for _ in range(3)]
+        for signer in signers:
+            await signer.beat(unsigned(signer))
+        for signer in signers:
+            await signer.beat(None, card_sequence=2)
+        await network.gateway.roster.refresh()
+        asked = [len(network.broker.sent_to(f"n.{signer.node_id}.ctl")) for signer in signers]
+        assert asked == [1, 0, 0], "the first was forgotten"
+
+
+async def test_refused_cards_do_not_fill_the_log(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(card_check, "LOGGED_MAX", 3)
+    async with Network(verify=card_verifies) as network:
+        with caplog.at_level(logging.WARNING):
+            for _ in range(6):
+                signer = Signer(network)
+                await signer.beat(unsigned(signer))
+            assert len(caplog.records) == 3 + 1, "the last line says that no more follow"
+            assert await refused(network, "signature") == 6
+            network.clock.advance(card_check.LOGGED_EVERY_MS)
+            await signer.beat(unsigned(signer))
+        assert len(caplog.records) == 5
+
+
+async def test_real_nodes_are_believed_by_their_keys() -> None:
+    async with Network(verify=card_verifies) as network:
+        key, stranger = make_key("user"), make_key("user")
+        for node_id, sign in ((key.public, key.sign), (stranger.public, key.sign)):
+            network._start(Node(card_of(node_id), [FakeServed()], MemoryBus(network.broker), network.clock, sign).run)
+        await network.knows(key.public)
+        await turns()
+        assert {offer.node_id for offer in network.gateway.roster.offers()} == {key.public}
+        await network.works()
 
 
 # nonsense
@@ -404,6 +611,6 @@ async def test_a_key_that_becomes_known_is_let_in_after_a_moment() -> None:
         await network.hub_bus.close()
         new_hub = MemoryBus(network.broker)
         async with asyncio.TaskGroup() as group:
-            await KeyDesk(new_hub, "fk-new", OrgId("other")).start(group)
+            await OneKeyDesk(new_hub, "fk-new", OrgId("other")).start(group)
             network.clock.advance(keys.UNKNOWN_FRESH_MS + 1)
             assert (await network.gateway.keys.check(b"Bearer fk-new")).org_id == "other"

@@ -93,7 +93,7 @@ class Site:
         await self.say(codec.encode(m.Hold(sequence=self.sequence if sequence is None else sequence, models=models)))
 
     async def say(self, data: bytes) -> None:
-        await self.hub.publish("n.n1.hold", data)
+        await self.hub.publish("n.n1.hub", data)
         await turns()
         self.holding.look()
 

@@ -23,9 +23,9 @@ from fallow.model.receipt import Usage
 from fallow.wire import codec, subjects
 
 if TYPE_CHECKING:
-    from tests.apps.one_loop import MODEL, FakeClock, FakeServed, Network, Overheard, beat_of, card_of, offer_of, turns
+    from tests.apps.one_loop import MODEL, FakeClock, FakeServed, Network, Overheard, beat_of, believed, card_of, offer_of, turns
 else:
-    from one_loop import MODEL, FakeClock, FakeServed, Network, Overheard, beat_of, card_of, offer_of, turns
+    from one_loop import MODEL, FakeClock, FakeServed, Network, Overheard, beat_of, believed, card_of, offer_of, turns
 
 pytestmark = pytest.mark.anyio
 GATEWAY = GatewayId("gw-1")
@@ -46,7 +46,7 @@ class Hub:
         self.broker = Overheard()
         self.clock = FakeClock()
         bus = MemoryBus(self.broker)
-        self.roster = HubRoster(bus, self.clock)
+        self.roster = HubRoster(bus, self.clock, verify=believed)
         self.placing = Placing(bus, self.roster, self.clock)
         self.hand = MemoryBus(self.broker)
         self.sequence = 0
@@ -271,7 +271,7 @@ async def test_what_could_not_be_said_is_said_later() -> None:
 # all of it
 async def test_a_call_is_heard_of_at_the_hub() -> None:
     async with Network() as network:
-        roster = HubRoster(network.hub_bus, network.clock)
+        roster = HubRoster(network.hub_bus, network.clock, verify=believed)
         placing = Placing(network.hub_bus, roster, network.clock)
         await roster.start()
         await placing.start()

@@ -21,9 +21,9 @@ from fallow.model.offer import Price
 from fallow.wire import codec, subjects
 
 if TYPE_CHECKING:  # the same file under the two names by which mypy and pytest know it
-    from tests.apps.one_loop import MODEL, FakeClock, Overheard, beat_of, offer_of, turns
+    from tests.apps.one_loop import MODEL, FakeClock, Overheard, beat_of, believed, offer_of, turns
 else:
-    from one_loop import MODEL, FakeClock, Overheard, beat_of, offer_of, turns
+    from one_loop import MODEL, FakeClock, Overheard, beat_of, believed, offer_of, turns
 
 pytestmark = pytest.mark.anyio
 
@@ -39,7 +39,7 @@ class Hub:
         self.broker = Overheard()
         self.hand = MemoryBus(self.broker)
         bus = MemoryBus(self.broker)
-        self.roster = HubRoster(bus, clock)
+        self.roster = HubRoster(bus, clock, verify=believed)
         self.desk = PriceDesk(bus, self.roster, PriceRecord(data), clock)
         self.sequence = 0
 

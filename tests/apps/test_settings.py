@@ -189,13 +189,13 @@ def test_what_is_no_number_is_refused(tmp_path: Path, value: str) -> None:
 
 # the environment
 def test_the_environment_is_read_here_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("FALLOW_BASE_URL", "FALLOW_API_KEY", "FALLOW_SECRET"):
+    for name in ("FALLOW_BASE_URL", "FALLOW_API_KEY", "FALLOW_JOIN"):
         monkeypatch.delenv(name, raising=False)
     assert module.caller() == module.Caller(base_url="", api_key="")
-    assert module.secret_from_environment() == ""
+    assert module.invitation_from_environment() == ""
     monkeypatch.setenv("FALLOW_BASE_URL", "http://there/v1")
     monkeypatch.setenv("FALLOW_API_KEY", "fk-1")
-    monkeypatch.setenv("FALLOW_SECRET", "s")
+    monkeypatch.setenv("FALLOW_JOIN", "s")
     assert module.caller() == module.Caller(base_url="http://there/v1", api_key="fk-1")
-    assert module.secret_from_environment() == "s"
-    assert module.inherited()["FALLOW_SECRET"] == "s"
+    assert module.invitation_from_environment() == "s"
+    assert module.inherited()["FALLOW_JOIN"] == "s"

@@ -21,6 +21,7 @@ import fallow
 from fallow.adapters.catalogue import package
 from fallow.adapters.files import only_one
 from fallow.cli.main import app
+from fallow.wire import invitation
 
 COMMANDS = ["up", "hub", "gateway", "lend", "chat", "nodes", "status", "models", "version"]
 MODELS_COMMANDS = ["list", "show", "pull", "add", "rm", "verify"]
@@ -202,14 +203,13 @@ def test_what_a_gateway_that_was_killed_left_behind_is_not_believed(tmp_path: Pa
 
 
 @pytest.mark.parametrize("command", ["gateway", "lend"])
-def test_without_a_secret_it_is_one_line(tmp_path: Path, command: str) -> None:
+def test_without_an_invitation_it_is_one_line(tmp_path: Path, command: str) -> None:
     said = spawn(command, "--data", str(tmp_path))
     assert (said.returncode, said.stderr.count("\n")) == (1, 1)
-    assert str(tmp_path / "secret") in said.stderr
+    assert "--join TOKEN" in said.stderr
 
 
-def test_an_engine_whose_address_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FALLOW_SECRET", "s")
+def test_an_engine_whose_address_is_none(tmp_path: Path) -> None:
     said = spawn("lend", "--data", str(tmp_path), "--engine", "ftp://there")
     assert (said.returncode, said.stderr.count("\n")) == (2, 1)
     assert "--engine" in said.stderr
@@ -390,16 +390,16 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Hub]]:
             hub.process.wait()
 
 
-def test_a_hub_that_listens_on_all_addresses_warns_and_stops_cleanly(start: Callable[..., Hub], tmp_path: Path) -> None:
+def test_a_hub_that_listens_on_all_addresses_speaks_tls_and_stops_cleanly(start: Callable[..., Hub], tmp_path: Path) -> None:
     hub = start("--listen", "0.0.0.0:0")
     broker = [child for child in psutil.Process(hub.process.pid).children() if "nats-server" in " ".join(child.cmdline())]
     assert len(broker) == 1
-    assert len(hub.said()) == 1
-    assert hub.said()[0].startswith("fallow: warning: the broker listens on 0.0.0.0:0")
+    assert hub.ready["address"].startswith("tls://")
+    assert hub.said() == []
     began = time.monotonic()
     assert hub.stop() == 0
     assert time.monotonic() - began < 3
-    assert len(hub.said()) == 1, "it ends without a word"
+    assert hub.said() == [], "it ends without a word"
     assert not broker[0].is_running()
 
 
@@ -419,11 +419,11 @@ def test_a_hub_on_this_machine_only_says_nothing(start: Callable[..., Hub], tmp_
     assert hub.said() == []
 
 
-def test_the_key_and_the_secret_stay_the_same(start: Callable[..., Hub], tmp_path: Path) -> None:
+def test_the_key_and_the_invitations_word_stay_the_same(start: Callable[..., Hub], tmp_path: Path) -> None:
     kept = []
     for _ in range(2):
         hub = start("--listen", "127.0.0.1:0")
-        kept.append([(tmp_path / "d" / name).read_text() for name in ("key", "secret")])
+        kept.append([(tmp_path / "d" / "key").read_text(), invitation.read((tmp_path / "d" / "invitation").read_text()).word])
         assert hub.stop() == 0
     assert kept[0] == kept[1]
     assert len(set(kept[0])) == 2

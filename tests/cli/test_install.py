@@ -117,7 +117,7 @@ def test_install(machine: Machine, capsys: pytest.CaptureFixture[str]) -> None:
     assert str(machine.unit) in said.out
     assert "enable-linger" in said.out
     assert "journalctl --user -u fallow" in said.out
-    assert f"secret lies in {machine.data}/secret" in said.err
+    assert f"invitation lies in {machine.data}/invitation" in said.err
 
 
 def test_the_command_of_the_unit_is_one(machine: Machine, capsys: pytest.CaptureFixture[str]) -> None:
@@ -131,12 +131,12 @@ def test_the_command_of_the_unit_is_one(machine: Machine, capsys: pytest.Capture
 def test_the_secret_stays_where_it_is(
     machine: Machine, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setenv("FALLOW_SECRET", SECRET)
+    monkeypatch.setenv("FALLOW_JOIN", SECRET)
     monkeypatch.chdir(tmp_path)
-    Path("secret-file").write_text(SECRET)
-    assert install(machine.data, HUB, [], secret_file=Path("secret-file"), manager=machine.systemd()) == 0
+    Path("join-file").write_text(SECRET)
+    assert install(machine.data, HUB, [], join_file=Path("join-file"), manager=machine.systemd()) == 0
     text = machine.unit.read_text()
-    assert f"--secret-file {tmp_path}/secret-file" in text, "a service starts in another folder"
+    assert f"--join-file {tmp_path}/join-file" in text, "a service starts in another folder"
     assert SECRET not in text
     assert capsys.readouterr().err == ""
 

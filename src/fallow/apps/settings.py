@@ -21,7 +21,10 @@ from fallow.wire import complaint
 
 FILE = "settings.toml"
 KEY_FILE = "key"
-SECRET_FILE = "secret"  # noqa: S105  (a file's name)
+INVITATION_FILE = "invitation"
+"""What the hub on this data folder invites its own machine's gateway and node with."""
+HUB_FILE = "hub.json"
+"""Where a running hub writes its addresses, for the commands on the same machine."""
 ADDRESS_FILE = "gateway.json"
 """Where a running gateway writes its address, for the commands on the same machine."""
 LISTEN_DEFAULT = "127.0.0.1:8422"
@@ -29,6 +32,7 @@ LISTEN = re.compile(r"^(\[[0-9a-fA-F:]+\]|[A-Za-z0-9_.-]+):([0-9]{1,5})\Z")
 PORT_MAX = 65_535
 Port = Annotated[int, Meta(ge=0, le=65535)]
 Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,62}$")]
+Host = Annotated[str, Meta(pattern=r"^[A-Za-z0-9.:_-]{1,253}\Z")]
 Country = Annotated[str, Meta(pattern=r"^[a-z]{2}$")]
 
 TEMPLATE = (
@@ -46,7 +50,7 @@ TEMPLATE = (
 # What the API key of this hub allows. Its calls may ask for less, never for more.
 # Whose machines: own, partner, market (anyone). The owner of a machine can read what runs on it.
 # rings = ["own", "partner"]
-# Organisations that count as partners.
+# Of the organisations that yours agreed with (`fallow org`), those whose machines may be used; empty: all.
 # partners = []
 # Where calls may run, such as ["eu-de"] and ["de", "at"]; empty: anywhere.
 # regions = []
@@ -68,12 +72,27 @@ TEMPLATE = (
 # weight = 1.0
 
 [hub]
-# Where the broker listens. Anything but this machine itself is an explicit choice: all traffic is readable to whoever
-# can reach it and knows the secret.
+# Where the broker listens. Beyond this machine itself it speaks TLS only, with the certificate below or one of its own making.
 # `fallow up` takes any free port of this machine instead, unless this line is set to something else.
 # listen = "127.0.0.1:8422"
 # A nats-server that runs already; empty: Fallow starts one.
 # broker = ""
+# The names and addresses by which others reach it, for invitations and its certificate; empty: this machine's name.
+# names = []
+# A certificate and its key as PEM files; empty: made here, and handed out with invitations.
+# certificate = ""
+# certificate_key = ""
+# A port for WebSocket, for those who can't connect otherwise; 0: none.
+# websocket_port = 0
+# Whether machines without an invitation may join too, as lenders to an organisation of their own.
+# open = false
+# Where keys, organisations and members are kept: sqlite:///a/file, or postgresql://user:password@host/name for several hubs.
+# Empty: hub.db in the data folder.
+# database = ""
+
+[network]
+# An HTTP proxy through which the broker is reached, by its WebSocket address, such as http://proxy:3128.
+# proxy = ""
 
 [gateway]
 # Where callers' HTTP is answered.
@@ -133,6 +152,16 @@ class Key(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
 class Hub(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     listen: str = LISTEN_DEFAULT
     broker: str = ""
+    names: Annotated[tuple[Host, ...], Meta(max_length=16)] = ()
+    certificate: str = ""
+    certificate_key: str = ""
+    websocket_port: Port = 0
+    open: bool = False
+    database: str = ""
+
+
+class Network(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    proxy: str = ""
 
 
 class Gateway(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -165,6 +194,7 @@ class Document(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     organisation: Organisation = Organisation()
     key: Key = Key()
     hub: Hub = Hub()
+    network: Network = Network()
     gateway: Gateway = Gateway()
     node: Node = Node()
     models: Models = Models()
@@ -177,6 +207,11 @@ class Settings(Document, frozen=True, kw_only=True):
     """All of the file, and the folder in which it lies."""
 
     data: Path = Path()
+
+    @property
+    def database(self) -> str:
+        """The address of the hub's database; it may hold a password."""
+        return self.hub.database or f"sqlite:///{self.data / 'hub.db'}"
 
     @property
     def models_folder(self) -> Path:
@@ -227,9 +262,9 @@ def inherited() -> dict[str, str]:
     return dict(os.environ)
 
 
-def secret_from_environment() -> str:
-    """FALLOW_SECRET: the broker's shared secret, for machines without the hub's data folder."""
-    return os.environ.get("FALLOW_SECRET", "")
+def invitation_from_environment() -> str:
+    """FALLOW_JOIN: an invitation, for machines that join without a flag."""
+    return os.environ.get("FALLOW_JOIN", "")
 
 
 def load(data: Path | None, flags: dict[str, Any] | None = None) -> Settings:
@@ -268,7 +303,7 @@ def _convert(document: dict[str, Any], where: Callable[[str], str], fault: type[
     if listen is None or int(listen.group(2)) > PORT_MAX:
         raise fault(f"{where('hub.listen')}: hub.listen: expected HOST:PORT, such as {LISTEN_DEFAULT}, got {settings.hub.listen!r}")
     if "@" in settings.hub.broker:
-        raise fault(f"{where('hub.broker')}: hub.broker: put the secret into a file (--secret-file), not into the address")
+        raise fault(f"{where('hub.broker')}: hub.broker: an address holds no secrets; who we are comes from --join")
     for name, text in (("lend.hours", settings.lend.hours), *(("power.windows", one.hours) for one in settings.power.windows)):
         try:
             if not hours.parse(text) and name == "power.windows":

@@ -10,6 +10,7 @@ import requests
 from fallow.adapters.files import is_held
 from fallow.apps.run import complain
 from fallow.apps.settings import ADDRESS_FILE, KEY_FILE, caller, default_data
+from fallow.cli.options import short
 from fallow.model.errors import BadSetting, FallowError, StartFailed
 from fallow.model.owner import WORKING
 from fallow.model.views import GatewayStatus, NodeList, NodeView
@@ -185,7 +186,7 @@ def _table(found: list[NodeView]) -> None:
             region = [node.region] if has_regions else []
             heard = f"{node.heard_ms_ago / 1000:.1f} s"
             engine = offer.readiness if node.state in WORKING else "paused"
-            table.add_row(node.node_id, offer.model, engine, free, node.hardware, *region, heard)
+            table.add_row(short(node.node_id), offer.model, engine, free, node.hardware, *region, heard)
     Console().print(table if found else "no nodes; lend this machine with `fallow lend`")
 
 

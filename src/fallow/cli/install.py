@@ -18,7 +18,7 @@ from fallow.adapters import service_unit
 from fallow.adapters.endpoint import parse_endpoint
 from fallow.adapters.files import is_held
 from fallow.apps.run import complain
-from fallow.apps.settings import FILE, SECRET_FILE, default_data, load
+from fallow.apps.settings import FILE, INVITATION_FILE, default_data, load
 from fallow.model.errors import AlreadyRunning, BadFlag, FallowError, StartFailed
 
 COMMAND_S = 60.0
@@ -149,14 +149,14 @@ def install(
     hub: str,
     flags: Sequence[str],
     *,
-    secret_file: Path | None = None,
+    join_file: Path | None = None,
     print_only: bool = False,
     manager: Manager | None = None,
 ) -> int:
     """`fallow lend install`: `flags` are further words for `fallow lend`. With `print_only` nothing is changed."""
     folder = (data or default_data()).expanduser().absolute()
     try:
-        command = _command(folder, hub, flags, secret_file)
+        command = _command(folder, hub, flags, join_file)
         manager = manager or manager_here()
         text = manager.describe(command, folder)
         if print_only:
@@ -167,20 +167,21 @@ def install(
         complain(error)
         return 2 if isinstance(error, BadFlag) else 1
     print(f"This machine is lent from now on: {manager.path}\n{manager.hints()}\n`fallow lend uninstall` ends it.")
-    if secret_file is None and not (folder / SECRET_FILE).exists():
-        sys.stderr.write(f"fallow: it can't join before the hub's secret lies in {folder / SECRET_FILE} (FALLOW_SECRET isn't passed on)\n")
+    if join_file is None and not any((folder / name).exists() for name in (INVITATION_FILE, "identity/node.json")):
+        sys.stderr.write(f"fallow: it can't join before an invitation lies in {folder / INVITATION_FILE} (FALLOW_JOIN isn't passed on)\n")
     return 0
 
 
-def _command(data: Path, hub: str, flags: Sequence[str], secret_file: Path | None) -> list[str]:
+def _command(data: Path, hub: str, flags: Sequence[str], join_file: Path | None) -> list[str]:
     """What the service runs. `-P`: no module in the folder where it happens to start is ever taken for ours."""
     if "@" in hub:
-        raise BadFlag("--hub: put the secret into a file (--secret-file), not into the address")
+        raise BadFlag("--hub: an address holds no secrets; who we are comes from --join")
     for flag, value in itertools.pairwise(flags):
         if flag == "--engine":
             parse_endpoint(value)
-    secret = [] if secret_file is None else ["--secret-file", str(secret_file.expanduser().absolute())]
-    return [sys.executable, "-P", "-m", "fallow", "lend", "--data", str(data), "--hub", hub, *secret, *flags]
+    join = [] if join_file is None else ["--join-file", str(join_file.expanduser().absolute())]
+    where = ["--hub", hub] if hub else []
+    return [sys.executable, "-P", "-m", "fallow", "lend", "--data", str(data), *where, *join, *flags]
 
 
 def _install(manager: Manager, text: bytes, data: Path) -> None:

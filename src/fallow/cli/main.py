@@ -7,6 +7,8 @@ from typing import Annotated
 import typer
 
 from fallow import __version__
+from fallow.cli import registry
+from fallow.cli.options import AsJson, Data, data_of
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -19,16 +21,17 @@ models = typer.Typer(no_args_is_help=True, help="Models of the catalogue.")
 app.add_typer(models, name="models")
 lending = typer.Typer(help="Lend this machine: run a node.")
 app.add_typer(lending, name="lend")
+app.add_typer(registry.hub, name="hub")
+app.add_typer(registry.keys, name="keys")
+app.add_typer(registry.org, name="org")
 
-HUB = "nats://127.0.0.1:8422"
-Data = Annotated[Path | None, typer.Option("--data", metavar="DIR", help="Data folder (default: FALLOW_DATA, or the user's).")]
-HubAddress = Annotated[str, typer.Option("--hub", metavar="ADDRESS", help="The hub's broker, nats://host:port.")]
-SecretFile = Annotated[
-    Path | None, typer.Option("--secret-file", metavar="FILE", help="The broker's secret (default: FALLOW_SECRET, or DIR/secret).")
+HubAddress = Annotated[str, typer.Option("--hub", metavar="ADDRESS", help="The hub's broker instead of the invitation's.")]
+Join = Annotated[
+    str, typer.Option("--join", metavar="TOKEN", help="An invitation of `fallow hub invite` (default: FALLOW_JOIN, or DIR/invitation).")
 ]
+JoinFile = Annotated[Path | None, typer.Option("--join-file", metavar="FILE", help="A file with the invitation.")]
 ReadyFd = Annotated[int | None, typer.Option("--ready-fd", hidden=True)]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Log what happens, never what is said.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 BaseUrl = Annotated[
     str, typer.Option("--base-url", metavar="URL", help="A gateway's address (default: FALLOW_BASE_URL, or the one running here).")
 ]
@@ -59,48 +62,47 @@ def up(
     sys.exit(processes.up(data, flags, ephemeral=ephemeral, verbose=verbose))
 
 
-@app.command()
+@registry.hub.callback(invoke_without_command=True)
 def hub(
+    context: typer.Context,
     data: Data = None,
     listen: Annotated[
         str | None, typer.Option("--listen", metavar="HOST:PORT", help="Where the broker listens. [default: 127.0.0.1:8422]")
     ] = None,
     broker: Annotated[str | None, typer.Option("--broker", metavar="ADDRESS", help="A nats-server that runs already.")] = None,
-    secret_file: SecretFile = None,
     verbose: Verbose = False,
     ready_fd: ReadyFd = None,
 ) -> None:
     """Run a hub: the meeting point, with its broker."""
+    if context.invoked_subcommand is not None:
+        return
     from fallow.cli import processes
 
-    sys.exit(processes.hub(data, listen=listen, broker=broker, secret_file=secret_file, verbose=verbose, ready_fd=ready_fd))
+    sys.exit(processes.hub(data, listen=listen, broker=broker, verbose=verbose, ready_fd=ready_fd))
 
 
 @app.command()
 def gateway(
-    hub: HubAddress = HUB,
+    hub: HubAddress = "",
     data: Data = None,
     port: Annotated[int | None, typer.Option("--port", help="0: any free one. [default: 8400]")] = None,
     host: Annotated[str | None, typer.Option("--host", help="[default: 127.0.0.1]")] = None,
-    secret_file: SecretFile = None,
+    join: Join = "",
+    join_file: JoinFile = None,
     verbose: Verbose = False,
     ready_fd: ReadyFd = None,
 ) -> None:
     """Run a gateway: answers callers' HTTP."""
     from fallow.cli import processes
 
-    sys.exit(processes.gateway(data, hub, port=port, host=host, secret_file=secret_file, verbose=verbose, ready_fd=ready_fd))
-
-
-def _data_of(context: typer.Context) -> Path | None:
-    """`fallow lend --data DIR status` means the same as `fallow lend status --data DIR`."""
-    return context.parent.params.get("data") if context.parent is not None else None
+    invited = processes.Invited(token=join, file=join_file)
+    sys.exit(processes.gateway(data, hub, port=port, host=host, invited=invited, verbose=verbose, ready_fd=ready_fd))
 
 
 @lending.callback(invoke_without_command=True)
 def lend(
     context: typer.Context,
-    hub: HubAddress = HUB,
+    hub: HubAddress = "",
     data: Data = None,
     model: Models = None,
     engine: Annotated[str, typer.Option("--engine", metavar="URL", help="An OpenAI-compatible server that runs already.")] = "",
@@ -114,7 +116,8 @@ def lend(
     ] = None,
     slots: Annotated[int | None, typer.Option("--slots", help="Calls answered at the same time.")] = None,
     threads: Annotated[int | None, typer.Option("--threads", help="Threads of the engine.")] = None,
-    secret_file: SecretFile = None,
+    join: Join = "",
+    join_file: JoinFile = None,
     verbose: Verbose = False,
     ready_fd: ReadyFd = None,
     with_up: Annotated[bool, typer.Option("--with-up", hidden=True)] = False,
@@ -125,7 +128,7 @@ def lend(
     from fallow.cli import processes
 
     flags = {name: context.params[flag] or None for flag, name in processes.LEND_FLAGS.items()}
-    lending = processes.Lending(hub=hub, engine=engine, secret_file=secret_file, with_up=with_up)
+    lending = processes.Lending(hub=hub, engine=engine, invited=processes.Invited(token=join, file=join_file), with_up=with_up)
     sys.exit(processes.lend(data, flags, lending, verbose=verbose, ready_fd=ready_fd))
 
 
@@ -134,7 +137,7 @@ def lend_status(context: typer.Context, data: Data = None, as_json: AsJson = Fal
     """Show what the node that runs here does, and why; and what it did today."""
     from fallow.cli import owner
 
-    sys.exit(owner.status(data or _data_of(context), as_json=as_json))
+    sys.exit(owner.status(data or data_of(context), as_json=as_json))
 
 
 @lending.command("log")
@@ -147,7 +150,7 @@ def lend_log(
     """Show when and why the machine paused, and for how long."""
     from fallow.cli import owner
 
-    sys.exit(owner.log(data or _data_of(context), lines=lines, as_json=as_json))
+    sys.exit(owner.log(data or data_of(context), lines=lines, as_json=as_json))
 
 
 @lending.command("install")

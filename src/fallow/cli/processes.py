@@ -9,38 +9,57 @@ import tempfile
 import threading
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from fallow.adapters.endpoint import parse_endpoint
 from fallow.apps.run import Stop, complain, run
-from fallow.apps.settings import Settings, load, secret_from_environment
+from fallow.apps.settings import INVITATION_FILE, Settings, invitation_from_environment, load
 from fallow.cli.bar import Bar
-from fallow.model.errors import BadFlag, FallowError
+from fallow.model.errors import BadFlag, FallowError, StartFailed
 from fallow.model.weights import Weights
 
-LOOPBACK = ("127.", "localhost:", "[::1]:")
+if TYPE_CHECKING:
+    from fallow.wire.invitation import Invitation
 
 
 def _read(data: Path | None, flags: dict[str, Any], hub: str = "") -> Settings:
     """The settings; complains and exits if they can't be read: 2 for a wrong flag, 1 for a wrong file."""
     try:
         if "@" in hub:
-            raise BadFlag("--hub: put the secret into a file (--secret-file), not into the address")
+            raise BadFlag("--hub: an address holds no secrets; who we are comes from --join")
         return load(data, flags)
     except FallowError as error:
         complain(error)
         sys.exit(2 if isinstance(error, BadFlag) else 1)
 
 
-def _secret(settings: Settings, secret_file: Path | None) -> str:
-    from fallow.adapters.nats_bus import read_secret
-    from fallow.apps.settings import SECRET_FILE
+class Invited(msgspec.Struct, frozen=True, kw_only=True):
+    """What a flag says of an invitation: the token itself, or a file with it."""
 
-    if secret_file is not None:
-        return read_secret(secret_file)
-    return secret_from_environment() or read_secret(settings.data / SECRET_FILE)
+    token: str = ""
+    file: Path | None = None
+
+    def read(self, settings: Settings) -> "Invitation | None":
+        """The invitation of the flags, of FALLOW_JOIN, or of the hub on this data folder; None if there is none. Raises StartFailed."""
+        from fallow.apps.joining import read_invitation
+
+        if self.token:
+            return read_invitation(self.token, "--join")
+        if self.file is not None:
+            return read_invitation(_text_of(self.file), str(self.file))
+        if (given := invitation_from_environment()) != "":
+            return read_invitation(given, "FALLOW_JOIN")
+        here = settings.data / INVITATION_FILE
+        return read_invitation(_text_of(here), str(here)) if here.exists() else None
+
+
+def _text_of(file: Path) -> str:
+    try:
+        return file.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise StartFailed(f"could not read {file}: {getattr(error, 'strerror', None) or 'it is no text'}") from None
 
 
 LEND_FLAGS = {
@@ -60,7 +79,7 @@ class Lending(msgspec.Struct, frozen=True, kw_only=True):
 
     hub: str
     engine: str
-    secret_file: Path | None
+    invited: Invited
     with_up: bool
 
 
@@ -149,28 +168,20 @@ def _data_flag(settings: Settings) -> str:
     return "" if settings.data == default_data().resolve() else f" --data {settings.data}"
 
 
-def hub(data: Path | None, *, listen: str | None, broker: str | None, secret_file: Path | None, verbose: bool, ready_fd: int | None) -> int:
+def hub(data: Path | None, *, listen: str | None, broker: str | None, verbose: bool, ready_fd: int | None) -> int:
     """`fallow hub`."""
-    from fallow.adapters.nats_bus import read_secret
     from fallow.apps.hub.main import run_hub
 
     settings = _read(data, {"hub.listen": listen, "hub.broker": broker})
-    if not settings.hub.broker and not settings.hub.listen.startswith(LOOPBACK):
-        sys.stderr.write(
-            f"fallow: warning: the broker listens on {settings.hub.listen}, not only on this machine; until nodes have identities, "
-            "whoever reaches it with the secret can read and answer every call\n"
-        )
 
     async def main(stop: Stop) -> None:
-        secret = read_secret(secret_file) if secret_file is not None else secret_from_environment()
-        secret_in = str(secret_file) if secret_file is not None else "FALLOW_SECRET" if secret else ""
-        await run_hub(settings, secret, secret_in, stop.asked, ready_fd)
+        await run_hub(settings, stop.asked, ready_fd)
 
     return run(main, verbose=verbose)
 
 
 def gateway(
-    data: Path | None, hub: str, *, port: int | None, host: str | None, secret_file: Path | None, verbose: bool, ready_fd: int | None
+    data: Path | None, hub: str, *, port: int | None, host: str | None, invited: Invited, verbose: bool, ready_fd: int | None
 ) -> int:
     """`fallow gateway`."""
     from fallow.apps.gateway.main import run_gateway
@@ -178,7 +189,7 @@ def gateway(
     settings = _read(data, {"gateway.port": port, "gateway.host": host}, hub)
 
     async def main(stop: Stop) -> None:
-        await run_gateway(settings, hub, _secret(settings, secret_file), stop, ready_fd)
+        await run_gateway(settings, hub, invited.read(settings), stop, ready_fd)
 
     return run(main, verbose=verbose)
 
@@ -196,13 +207,13 @@ def lend(data: Path | None, flags: dict[str, Any], lending: Lending, *, verbose:
             return 2
 
     async def main(stop: Stop) -> None:
-        secret = _secret(settings, lending.secret_file)
+        invited = lending.invited.read(settings)
         if not lending.engine:
             await _have_weights(settings, stop.asked)
         if not stop.asked.is_set():
             joining = Joining(
                 hub=lending.hub,
-                secret=secret,
+                invited=invited,
                 engine=lending.engine,
                 only=tuple(flags["node.models"] or ()),
                 with_up=lending.with_up,
@@ -226,4 +237,4 @@ def install(given: Mapping[str, Any], *, print_only: bool) -> int:
     for flag in ("engine", *LEND_FLAGS):
         values = given[flag] if isinstance(given[flag], (list, tuple)) else [given[flag]]
         words += [word for value in values if value not in (None, "") for word in (f"--{flag}", str(value))]
-    return install.install(data, hub, words, secret_file=given["secret_file"], print_only=print_only)
+    return install.install(data, hub, words, join_file=given["join_file"], print_only=print_only)

@@ -9,6 +9,7 @@ import msgspec
 
 from fallow.apps.run import complain
 from fallow.cli.client import REGION_UNKNOWN, Gateway, Offered, ask, find_gateway, read_as
+from fallow.cli.options import short
 from fallow.model.errors import BadSetting, FallowError, StartFailed
 from fallow.model.views import AttemptView, CallView, QuoteList, QuoteView, Timing
 from fallow.wire.openai import CALLS, CHAT, EMBEDDINGS
@@ -79,7 +80,7 @@ def _table(quotes: Sequence[QuoteView]) -> None:
         table.add_column(heading, no_wrap=True, justify="right")
     for one in quotes:
         hardware = one.hardware if one.gpu is msgspec.UNSET else f"{one.hardware} {one.gpu}"
-        where = [one.node, *([one.model] if several else []), hardware, one.ring, *([one.region] if has_regions else [])]
+        where = [short(one.node), *([one.model] if several else []), hardware, one.ring, *([one.region] if has_regions else [])]
         times = [_seconds(one.first_token_ms), _seconds(one.end_ms)]
         table.add_row(*where, *times, f"{one.chance:.0%}", _credits(one.cost_expected), _credits(one.cost_max))
     Console().print(table)
@@ -127,7 +128,7 @@ def told(call: CallView) -> list[str]:
 def _attempt(number: int, one: AttemptView, call: CallView) -> list[str]:
     answered = "was stopped" if call.status == "caller_left" else "answered"
     ended = "is under way" if one.ms is None else f"{answered if one.code is None else one.code} after {_seconds(one.ms)}"
-    return [f"{number}. {one.node} ({one.hardware}, ring {one.ring}, region {one.region}) {ended}", f"   chosen: {one.why}"]
+    return [f"{number}. {short(one.node)} ({one.hardware}, ring {one.ring}, region {one.region}) {ended}", f"   chosen: {one.why}"]
 
 
 def _timing(timing: Timing) -> str:

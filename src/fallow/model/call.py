@@ -59,9 +59,16 @@ class Attempt(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Grant(msgspec.Struct, frozen=True, kw_only=True):
-    """What an API key allows. The key itself is never here."""
+    """What an API key allows. The key itself is never here.
+
+    `policy.partners` are those of its organisation that it may use. Empty `models` are all; a budget None is no limit.
+    `expires_at_ms` is in UTC; None: it doesn't expire.
+    """
 
     key_id: KeyId
     org_id: OrgId
     policy: Policy = Policy()
     allowance: Allowance = Allowance()
+    models: frozenset[str] = frozenset()
+    expires_at_ms: int | None = None
+    budget_micro: int | None = None

@@ -28,9 +28,10 @@ class Hardware(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Card(msgspec.Struct, frozen=True, kw_only=True):
-    """Who a node is. A higher `sequence` replaces a lower one. `signature` stays empty until nodes have keys.
+    """Who a node is. A higher `sequence` replaces a lower one. `signature` is the node's own.
 
-    `refuses_…` are the callers whom its owner doesn't work for.
+    `refuses_…` are the callers whom its owner doesn't work for. `membership` is the hub's signature that the node belongs to `org_id`
+    until `member_until_s` (UTC).
     """
 
     node_id: NodeId
@@ -44,3 +45,5 @@ class Card(msgspec.Struct, frozen=True, kw_only=True):
     signature: bytes = b""
     refuses_organisations: Annotated[frozenset[str], Meta(max_length=256)] = frozenset()
     refuses_countries: Annotated[frozenset[str], Meta(max_length=256)] = frozenset()
+    member_until_s: Annotated[int, Meta(ge=0, le=2**40)] = 0
+    membership: Annotated[bytes, Meta(max_length=64)] = b""

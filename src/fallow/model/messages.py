@@ -242,12 +242,17 @@ class Enrol(Message, frozen=True, kw_only=True, array_like=True, tag=20):
 
 
 class Enrolled(Message, frozen=True, kw_only=True, array_like=True, tag=21):
-    """Hub to guest, node or gateway: your credential for the broker until `expires_at_s` (UTC), or why there is none."""
+    """Hub to guest, node or gateway: your credential for the broker until `expires_at_s` (UTC), or why there is none.
+
+    `membership` says so long that the key belongs to `org_id`, signed by `authority`, the key that all of this hub's members trust.
+    """
 
     credential: Annotated[str, Meta(max_length=CREDENTIAL_MAX)] = ""
     org_id: OrgId = OrgId("")
     expires_at_s: Annotated[int, Meta(ge=0, le=2**40)] = 0
     failure: Failure | None = None
+    membership: Annotated[bytes, Meta(max_length=64)] = b""
+    authority: Annotated[str, Meta(max_length=64)] = ""
 
 
 class Renew(Message, frozen=True, kw_only=True, array_like=True, tag=22):

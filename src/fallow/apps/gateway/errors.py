@@ -20,6 +20,7 @@ TABLE: dict[str, Status] = {
     "context_length_exceeded": Status(400, "invalid_request_error"),
     "answer_incomplete": Status(400, "invalid_request_error"),
     "invalid_api_key": Status(401, "authentication_error"),
+    "model_not_allowed": Status(403, "invalid_request_error"),
     "model_not_found": Status(404, "invalid_request_error"),
     "unknown_path": Status(404, "invalid_request_error"),
     "call_not_found": Status(404, "invalid_request_error"),

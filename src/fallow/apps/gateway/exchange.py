@@ -10,7 +10,7 @@ from fallow.model import messages as m
 from fallow.model.call import Attempt
 from fallow.model.errors import BrokerLost, WireError
 from fallow.model.ids import AttemptId, GatewayId, NodeId
-from fallow.ports import Bus, Clock, Delivery
+from fallow.ports import Bus, Clock, Delivery, Hear
 from fallow.wire import codec, subjects
 
 SWEEP_S = 0.1
@@ -65,6 +65,8 @@ class Exchange:
         self._bus = bus
         self._clock = clock
         self._open: dict[str, Conversation] = {}
+        self.on_other: Hear = lambda delivery: None
+        """Hears what answers no attempt: echoes, and what comes too late."""
 
     async def start(self) -> None:
         await self._bus.subscribe(subjects.answers(self.gateway_id), self._on_answer)
@@ -134,8 +136,11 @@ class Exchange:
 
     def _on_answer(self, delivery: Delivery) -> None:
         conversation = self._open.get(subjects.last_token(delivery.subject))
-        if conversation is None or subjects.answering_node(delivery.subject) != conversation.attempt.node_id:
-            return  # late, or not from the node that was asked
+        if conversation is None:
+            self.on_other(delivery)
+            return
+        if subjects.answering_node(delivery.subject) != conversation.attempt.node_id:
+            return  # not from the node that was asked
         if delivery.unheard:
             self._on_unheard(conversation.attempt.node_id)
             return

@@ -13,7 +13,7 @@ from fallow.apps.gateway.caller import CallerGone, HttpCaller, Receive, Scope, S
 from fallow.apps.gateway.calls import Calls
 from fallow.apps.gateway.demand import DemandCount
 from fallow.apps.gateway.history import History
-from fallow.apps.gateway.keys import Keys
+from fallow.apps.gateway.keys import Keys, other_model
 from fallow.apps.gateway.metrics import Metrics
 from fallow.apps.gateway.prices import PATH as PRICES
 from fallow.apps.gateway.prices import Prices
@@ -42,23 +42,28 @@ class Catalogue:
     def __init__(self, roster: Roster) -> None:
         self._roster = roster
 
-    def _contexts(self) -> dict[str, int]:
-        """The models on offer, each with the longest context."""
+    def _contexts(self, grant: Grant) -> dict[str, int]:
+        """The models on offer that the key allows, each with the longest context."""
         found: dict[str, int] = {}
         for offer in self._roster.offers():
+            if grant.models and offer.model not in grant.models:
+                continue
             found[offer.model] = max(offer.context_tokens, found.get(offer.model, 0))
         return found
 
-    def all(self, http: HttpCaller) -> Any:
+    def all(self, http: HttpCaller, grant: Grant) -> Any:
         """The list that the caller's client reads."""
-        contexts = self._contexts()
+        contexts = self._contexts(grant)
         if http.incoming.header(b"anthropic-version"):
             return models_api.model_list(contexts)
         return openai.ModelList(data=[self._listed(name) for name in sorted(contexts)])
 
-    async def one(self, http: HttpCaller, name: str) -> int:
+    async def one(self, http: HttpCaller, grant: Grant, name: str) -> int:
         """Tell the caller of one model."""
-        context_tokens = self._contexts().get(name)
+        barred = other_model(grant, name)
+        if barred is not None:
+            return await http.fail(barred)
+        context_tokens = self._contexts(grant).get(name)
         if context_tokens is None:
             return await http.fail(Failure(code="model_not_found", message=f"the model {name[:200]!r} is not offered here", param="model"))
         if http.incoming.header(b"anthropic-version"):
@@ -146,13 +151,13 @@ class Api:
 
     async def _look_up(self, http: HttpCaller, grant: Grant, path: str) -> int:
         if path == openai.MODELS:
-            return await http.reply(200, _json.encode(self._catalogue.all(http)))
+            return await http.reply(200, _json.encode(self._catalogue.all(http, grant)))
         if path.startswith(openai.CALLS):
             return await self._story(http, grant, path.removeprefix(openai.CALLS + "/"))
         if path.startswith(PRICES):
             found = await self._prices.answer(path)
             return await (http.fail(found) if isinstance(found, Failure) else http.reply(200, found))
-        return await self._catalogue.one(http, path.removeprefix(openai.MODELS + "/"))
+        return await self._catalogue.one(http, grant, path.removeprefix(openai.MODELS + "/"))
 
     async def _allowed(self, http: HttpCaller, grant: Grant, answer: Callable[[HttpCaller, Grant], Awaitable[int]]) -> int:
         """What comes of a request for which the key has room; else it is refused before its body is read, and leaves no story."""
@@ -228,6 +233,9 @@ class Api:
         head = openai.read_head(path, body)
         if http.story is not None:
             http.story.names(head.model, streams=bool(head.stream))
+        barred = other_model(grant, head.model)
+        if barred is not None:
+            return barred
         asked = openai.asked_of(head, len(body.rstrip()), lines)
         arrived_at_ms = self._clock.wall_ms()
         needs = needs_of(asked, grant.policy, now_ms=arrived_at_ms)

@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import gc
-import secrets
 from typing import Any
 
 import msgspec
@@ -11,10 +10,12 @@ import msgspec
 from fallow.adapters.clock import SystemClock
 from fallow.adapters.files import only_one, write_private
 from fallow.adapters.nats_bus import NatsBus
+from fallow.apps.card_check import OrgOf, Verify, vouched_by
 from fallow.apps.gateway.admin import Admin, make_admin
 from fallow.apps.gateway.caller import Receive, Scope, Send
 from fallow.apps.gateway.calls import Calls
 from fallow.apps.gateway.demand import DemandCount
+from fallow.apps.gateway.distances import Distances
 from fallow.apps.gateway.exchange import Exchange
 from fallow.apps.gateway.history import History
 from fallow.apps.gateway.http import Api
@@ -23,22 +24,35 @@ from fallow.apps.gateway.metrics import Metrics
 from fallow.apps.gateway.prices import Prices
 from fallow.apps.gateway.roster import Roster
 from fallow.apps.gateway.server import listen, make_server
+from fallow.apps.joining import Renewal, join
 from fallow.apps.run import GATEWAY_DRAIN_S, Stop, tell_draining, tell_ready
 from fallow.apps.settings import ADDRESS_FILE, Settings
 from fallow.core.relay import BusLost
 from fallow.model.ids import GatewayId
 from fallow.model.needs import COUNTRY_UNKNOWN
 from fallow.ports import Bus, Clock
+from fallow.wire.invitation import Invitation
+from fallow.wire.sign import card_verifies
 
 
 class Gateway:
     """All parts of a gateway on a bus; `app` is the ASGI application."""
 
-    def __init__(self, gateway_id: GatewayId, bus: Bus, clock: Clock, country: str = COUNTRY_UNKNOWN) -> None:
+    def __init__(
+        self,
+        gateway_id: GatewayId,
+        bus: Bus,
+        clock: Clock,
+        country: str = COUNTRY_UNKNOWN,
+        *,
+        org_of: OrgOf,
+        verify: Verify = card_verifies,
+    ) -> None:
         metrics = Metrics()
         self.bus = bus
         self.exchange = Exchange(gateway_id, bus, clock)
-        self.roster = Roster(gateway_id, bus, clock)
+        self.roster = Roster(gateway_id, bus, clock, verify=verify, org_of=org_of, refused=metrics.card_refused)
+        self.distances = Distances(self.exchange, self.roster, bus, clock, country)
         self.keys = Keys(bus, clock)
         self.calls = Calls(self.exchange, self.roster, clock, metrics)
         self.history = History(clock)
@@ -56,14 +70,17 @@ class Gateway:
         async with asyncio.TaskGroup() as group:
             self.calls.use(group)
             await self.exchange.start()
+            await self.keys.start()
             await self.roster.start()
             await self.prices.start()
             self.bus.on_lost(self.roster.forget_all)
             sweep = group.create_task(self.exchange.sweep(self._refresh), name="sweep")
             reports = group.create_task(self.demand.run(), name="demand")
+            distances = group.create_task(self.distances.run(), name="distances")
             await until.wait()
             sweep.cancel()
             reports.cancel()
+            distances.cancel()
 
     async def _refresh(self) -> None:
         self.history.forget_old()
@@ -86,8 +103,8 @@ class Gateway:
         self.exchange.end_all(BusLost(code="gateway_stopping", message="the gateway is being stopped"))
 
 
-async def run_gateway(settings: Settings, hub: str, secret: str, stop: Stop, ready: int | None) -> None:
-    """Serve HTTP until told to stop, and what is open then to its end; raises StartFailed.
+async def run_gateway(settings: Settings, hub: str, invited: Invitation | None, stop: Stop, ready: int | None) -> None:
+    """Serve HTTP until told to stop, and what is open then to its end; raises StartFailed, NotAdmitted.
 
     Port and data folder are let go at once, so that the next gateway can start while this one drains.
     """
@@ -96,10 +113,13 @@ async def run_gateway(settings: Settings, hub: str, secret: str, stop: Stop, rea
         listener = listen(settings.gateway.host, settings.gateway.port)
         host, port = listener.getsockname()[:2]
         base_url = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
-        gateway_id = GatewayId("gw-" + secrets.token_hex(6))
-        bus = NatsBus(hub, secret, gateway_id)
+        clock = SystemClock()
+        joined = await join(settings.data, "gateway", invited, hub, settings.network.proxy, clock)
+        gateway_id = GatewayId(joined.credentials.key.public)
+        bus = NatsBus(joined.address, joined.credentials, gateway_id, reach=joined.reach)
         await bus.connect()
-        gateway = Gateway(gateway_id, bus, SystemClock(), settings.organisation.country)
+        gateway = Gateway(gateway_id, bus, clock, settings.organisation.country, org_of=vouched_by(joined.authority, clock))
+        renewal = Renewal("gateway", joined, bus, clock)
 
         async def drain() -> None:
             held.close()
@@ -115,6 +135,7 @@ async def run_gateway(settings: Settings, hub: str, secret: str, stop: Stop, rea
             async with asyncio.TaskGroup() as group:
                 group.create_task(gateway.run(closing), name="gateway")
                 serving = group.create_task(_serve(server, listener), name="http")
+                renewing = group.create_task(renewal.run(), name="renewal")
                 write_private(address, msgspec.json.encode({"base_url": base_url}).decode())
                 gc.freeze()
                 tell_ready(
@@ -123,6 +144,7 @@ async def run_gateway(settings: Settings, hub: str, secret: str, stop: Stop, rea
                 await stop.asked.wait()
                 server.should_exit = True
                 await serving
+                renewing.cancel()
                 closing.set()
         finally:
             await bus.close()

@@ -3,6 +3,7 @@
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from fallow.apps.gateway.errors import TABLE
+from fallow.core import cards
 
 OVERHEAD_BUCKETS = (0.0005, 0.001, 0.0015, 0.002, 0.003, 0.005, 0.01, 0.025, 0.1, 1)
 
@@ -20,6 +21,8 @@ class Metrics:
         self._overhead = Histogram(
             "fallow_overhead_seconds", "Time added to the engine's own.", buckets=OVERHEAD_BUCKETS, registry=self.registry
         )
+        refused = Counter("fallow_cards_refused", "Nodes' cards that weren't believed, by reason.", ["reason"], registry=self.registry)
+        self._cards_refused = {reason: refused.labels(reason) for reason in cards.REASONS}
         self.under_way = Gauge("fallow_calls_under_way", "Calls that are being answered.", registry=self.registry)
         self.nodes = Gauge("fallow_nodes", "Nodes on the roster.", registry=self.registry)
         self._by_status: dict[int, Counter] = {}
@@ -38,6 +41,9 @@ class Metrics:
 
     def attempt_failed(self, code: str) -> None:
         self._failed.labels(code if code in TABLE else "other").inc()
+
+    def card_refused(self, reason: cards.Reason) -> None:
+        self._cards_refused[reason].inc()
 
     def text(self) -> bytes:
         return generate_latest(self.registry)

@@ -89,11 +89,15 @@ DOORS = (
     Door(prices.PATH + "/{model}", "get", "One model's prices, and how they went", answered=(prices.ModelPrices,)),
 )
 _TYPES = list(dict.fromkeys(t for door in DOORS for t in (*door.asked, *door.answered, *door.envelopes, wishes.Wishes)))
-_LOOK_UP_CODES = ("invalid_api_key", "model_not_found", "call_not_found", "broker_lost", "gateway_stopping", "internal_error")
+_LOOK_UP_CODES = (
+    *("invalid_api_key", "model_not_allowed", "model_not_found", "call_not_found", "broker_lost", "gateway_stopping"),
+    "internal_error",
+)
 _LIST_CODES = ("invalid_request", "invalid_api_key", "broker_lost", "gateway_stopping", "internal_error")
 _NOT_OF_A_CALL = ("call_not_found", "method_not_allowed")
 _QUOTE_CODES = (
-    *("invalid_request", "invalid_api_key", "model_not_found", "body_timeout", "body_too_large", "no_node", "too_many_calls"),
+    *("invalid_request", "invalid_api_key", "model_not_allowed", "model_not_found", "body_timeout", "body_too_large", "no_node"),
+    "too_many_calls",
     *("rate_limit_exceeded", "idempotency_conflict", "idempotency_answer_too_long", "broker_lost", "gateway_stopping", "internal_error"),
 )
 ANSWER_HEADERS = {

@@ -1,8 +1,11 @@
 """The gateway's view of the network: nodes and their live offers, in memory only."""
 
 import logging
+from collections.abc import Callable
 from typing import NamedTuple
 
+from fallow.apps.card_check import CardCheck, OrgOf, Verify, anyones
+from fallow.core import cards
 from fallow.core import roster as core
 from fallow.core import standing as standings
 from fallow.core.match.market import Market
@@ -15,6 +18,7 @@ from fallow.model.offer import Load, Offer
 from fallow.model.owner import State
 from fallow.ports import Bus, Clock, Delivery
 from fallow.wire import codec, subjects
+from fallow.wire.sign import card_verifies
 
 NODES_MAX = 10_000
 AWAY = frozenset({"node_unreachable", "node_silent"})
@@ -34,16 +38,69 @@ class Told(NamedTuple):
     waiting_max: int
 
 
-class Roster:
-    """Who is there. `market` is what matching looks at."""
+class Stall:
+    """What the market is told of offers: each change once."""
 
-    def __init__(self, gateway_id: GatewayId, bus: Bus, clock: Clock) -> None:
+    def __init__(self, market: Market, clock: Clock) -> None:
+        self._market = market
+        self._clock = clock
+        self._told: dict[NodeId, dict[str, Told]] = {}
+
+    def show(self, node_id: NodeId, member: core.Member, now_ms: int) -> None:
+        """What changed of a node's offers, and how much they run."""
+        card, told = member.card, self._told.setdefault(node_id, {})
+        loads = {load.model: load for load in member.loads}
+        there = {offer.model: offer for offer in member.offers if offer.model in loads} if card is not None else {}
+        if told.keys() - there.keys():
+            self._market.drop(node_id, keep=there)
+            self._told[node_id] = told = {model: told[model] for model in told if model in there}
+        for model, offer in there.items():
+            load = loads[model]
+            assert card is not None, "a stranger has no offers"
+            news = Told(offer, card.sequence, member.state, load.readiness, load.ready_in_ms, load.waiting_max)
+            if told.get(model) != news:
+                told[model] = news
+                expires_s = (now_ms + offer.expires_at_ms - self._clock.wall_ms()) / 1000
+                self._market.put(card, offer, load, member.state, expires_s=expires_s, now_s=now_ms / 1000)
+            self._market.heard(node_id, model, running=_running(offer, load), now_s=now_ms / 1000)
+
+    def clear(self, node_id: NodeId) -> None:
+        """The node is gone."""
+        self._told.pop(node_id, None)
+        self._market.drop(node_id)
+
+    def offers(self) -> list[Offer]:
+        """All that is shown."""
+        return [told.offer for mine in self._told.values() for told in mine.values()]
+
+
+def uncounted(reason: cards.Reason) -> None:
+    """For who keeps no figures."""
+
+
+class Roster:
+    """Who is there. `market` is what matching looks at, `check` whose cards are believed.
+
+    `org_of` says whose a node is, where that is known; `refused` counts the cards that aren't believed.
+    """
+
+    def __init__(
+        self,
+        gateway_id: GatewayId,
+        bus: Bus,
+        clock: Clock,
+        *,
+        verify: Verify = card_verifies,
+        org_of: OrgOf = anyones,
+        refused: Callable[[cards.Reason], None] = uncounted,
+    ) -> None:
         self._gateway_id = gateway_id
         self._bus = bus
         self._clock = clock
         self._members: dict[NodeId, core.Member] = {}
+        self.check = CardCheck(clock, log, verify, org_of, refused)
         self.market = Market()
-        self._told: dict[NodeId, dict[str, Told]] = {}
+        self._stall = Stall(self.market, clock)
         self._strangers: set[NodeId] = set()
         self._suspected: set[NodeId] = set()
         """Those that the market was told are suspected."""
@@ -61,34 +118,25 @@ class Roster:
             log.warning("a heartbeat was dropped: the roster is full (%d nodes)", NODES_MAX)
             return
         now = self._clock.now_ms()
-        member = core.hear(self._members.get(beat.node_id), beat, now_ms=now)
+        known = self._members.get(beat.node_id)
+        member = core.hear(known, self.check.screened(known, beat), now_ms=now)
         if core.is_gone(member, now_ms=now):
             self.forget(beat.node_id)
             return
-        self._members[beat.node_id] = member
+        self._members[beat.node_id] = member = cards.lapsed(member, now_ms=self._clock.wall_ms())
         if core.stage(member, now_ms=now) == "here":
             self._suspect(beat.node_id, False)
-        self._tell_market(beat.node_id, member, now)
-        if core.is_stranger(member):
+        self._stall.show(beat.node_id, member, now)
+        if core.is_stranger(member) and self.check.may_ask(beat.node_id):
             self._strangers.add(beat.node_id)
 
-    def _tell_market(self, node_id: NodeId, member: core.Member, now_ms: int) -> None:
-        """What changed of a node's offers, and how much they run."""
-        card, told = member.card, self._told.setdefault(node_id, {})
-        loads = {load.model: load for load in member.loads}
-        there = {offer.model: offer for offer in member.offers if offer.model in loads} if card is not None else {}
-        if told.keys() - there.keys():
-            self.market.drop(node_id, keep=there)
-            self._told[node_id] = told = {model: told[model] for model in told if model in there}
-        for model, offer in there.items():
-            load = loads[model]
-            assert card is not None, "a stranger has no offers"
-            news = Told(offer, card.sequence, member.state, load.readiness, load.ready_in_ms, load.waiting_max)
-            if told.get(model) != news:
-                told[model] = news
-                expires_s = (now_ms + offer.expires_at_ms - self._clock.wall_ms()) / 1000
-                self.market.put(card, offer, load, member.state, expires_s=expires_s, now_s=now_ms / 1000)
-            self.market.heard(node_id, model, running=_running(offer, load), now_s=now_ms / 1000)
+    def put_out(self, node_id: NodeId, reason: cards.Reason, why: str) -> None:
+        """The node's card isn't believed any more: it gets no more calls until it brings one that is."""
+        member = self._members.get(node_id)
+        if member is not None and member.card is not None:
+            self.check.refuse(member.card, reason, why)
+            self._members[node_id] = member = cards.cardless(member)
+            self._stall.show(node_id, member, self._clock.now_ms())
 
     async def refresh(self) -> None:
         """Drop who is gone, leave aside who may be, look after the market, and ask strangers for their cards."""
@@ -112,8 +160,7 @@ class Roster:
         """The node is gone; its next heartbeat brings it back."""
         if self._members.pop(node_id, None) is not None:
             self._suspect(node_id, False)
-            self._told.pop(node_id, None)
-            self.market.drop(node_id)
+            self._stall.clear(node_id)
 
     def forget_all(self) -> None:
         """The broker went away, and with it all that we knew."""
@@ -169,7 +216,7 @@ class Roster:
 
     def offers(self) -> list[Offer]:
         """All offers of nodes that are there."""
-        return [told.offer for mine in self._told.values() for told in mine.values()]
+        return self._stall.offers()
 
     def card(self, node_id: NodeId) -> Card | None:
         member = self._members.get(node_id)

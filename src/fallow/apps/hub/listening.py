@@ -2,13 +2,19 @@
 
 import asyncio
 import logging
+from collections import Counter
+from collections.abc import Callable
 
+from fallow.apps.card_check import CardCheck, OrgOf, Verify, anyones
+from fallow.core import cards
 from fallow.core import roster as core
 from fallow.model import messages as m
+from fallow.model.card import Card
 from fallow.model.errors import BrokerLost, WireError
 from fallow.model.ids import GatewayId, NodeId
 from fallow.ports import Bus, Clock, Delivery
 from fallow.wire import codec, subjects
+from fallow.wire.sign import card_verifies
 
 GROUP = "hub"
 """Hubs share questions: one of them answers."""
@@ -20,12 +26,31 @@ INTRODUCED_AS = GatewayId("hub")
 log = logging.getLogger("fallow.hub")
 
 
-class HubRoster:
-    """Who is there, in memory only. `members` is what the hub's desks look at."""
+def nothing(card: Card) -> None:
+    """For who keeps no log of cards."""
 
-    def __init__(self, bus: Bus, clock: Clock) -> None:
+
+class HubRoster:
+    """Who is there, in memory only. `members` is what the hub's desks look at.
+
+    `org_of` says whose a card's node is, and is asked for every new card: it must not block. `on_card` is told each card that is
+    believed and that the roster doesn't hold yet, on the event loop; it must return at once and must not raise.
+    """
+
+    def __init__(
+        self,
+        bus: Bus,
+        clock: Clock,
+        *,
+        verify: Verify = card_verifies,
+        org_of: OrgOf = anyones,
+        on_card: Callable[[Card], None] = nothing,
+    ) -> None:
         self._bus = bus
         self._clock = clock
+        self.cards_refused: Counter[cards.Reason] = Counter()
+        self._check = CardCheck(clock, log, verify, org_of, self._count)
+        self._on_card = on_card
         self._members: dict[NodeId, core.Member] = {}
         self._strangers: set[NodeId] = set()
 
@@ -56,6 +81,9 @@ class HubRoster:
         now = self._clock.now_ms()
         return {node_id: member for node_id, member in self._members.items() if not core.is_gone(member, now_ms=now)}
 
+    def _count(self, reason: cards.Reason) -> None:
+        self.cards_refused[reason] += 1
+
     def _on_heartbeat(self, delivery: Delivery) -> None:
         try:
             beat = codec.read_heartbeat(delivery.data, delivery.subject)
@@ -67,10 +95,14 @@ class HubRoster:
             log.warning("a heartbeat was dropped: the hub follows %d nodes at most", NODES_MAX)
             return
         now = self._clock.now_ms()
-        member = core.hear(known, beat, now_ms=now)
+        member = core.hear(known, self._check.screened(known, beat), now_ms=now)
         if core.is_gone(member, now_ms=now):
             self._members.pop(beat.node_id, None)
             return
-        self._members[beat.node_id] = member
-        if core.is_stranger(member):
-            self._strangers.add(beat.node_id)
+        self._members[beat.node_id] = member = cards.lapsed(member, now_ms=self._clock.wall_ms())
+        card = member.card
+        if card is None:
+            if self._check.may_ask(beat.node_id):
+                self._strangers.add(beat.node_id)
+        elif known is None or card != known.card:
+            self._on_card(card)

@@ -1,181 +1,192 @@
-"""The hub's process: the broker as a child, kept alive, and the keys."""
+"""The hub's process: the broker as a child, kept alive; who takes part; keys, prices and plans."""
 
 import asyncio
-import hashlib
-import hmac
+import contextlib
+import functools
 import logging
+import socket
+from collections.abc import Mapping
 from pathlib import Path
 
 import msgspec
 
-from fallow.adapters.broker import Broker, start_broker
+from fallow.adapters.certificates import TlsFiles, ca_pem, kept_certificate
 from fallow.adapters.clock import SystemClock
-from fallow.adapters.files import only_one, read_or_make
-from fallow.adapters.nats_bus import NatsBus
+from fallow.adapters.files import make_folder, only_one, write_private
+from fallow.adapters.nats_bus import NatsBus, Reach, push_accounts
+from fallow.adapters.operator import Operator
 from fallow.adapters.price_record import PriceRecord
-from fallow.apps.hub.listening import GROUP, HubRoster
+from fallow.adapters.sql.registry import open_registry
+from fallow.apps.card_check import vouched_by
+from fallow.apps.hub.card_desk import CardDesk
+from fallow.apps.hub.enrolling import EnrolDesk, watch_bans
+from fallow.apps.hub.founding import found, invite_home, policy_of
+from fallow.apps.hub.keeping import BrokerKeeper, Listening
+from fallow.apps.hub.key_desk import KeyDesk
+from fallow.apps.hub.listening import HubRoster
 from fallow.apps.hub.placing import Placing
 from fallow.apps.hub.price_desk import PriceDesk
 from fallow.apps.run import tell_ready
-from fallow.apps.settings import KEY_FILE, SECRET_FILE, Key, Settings
-from fallow.core.needs import micro
-from fallow.model import messages as m
-from fallow.model.call import Allowance, Grant
-from fallow.model.errors import BadSetting, BrokerLost, FallowError, WireError
-from fallow.model.ids import KeyId, OrgId
-from fallow.model.needs import Policy
-from fallow.ports import Bus, Delivery
-from fallow.wire import codec, subjects
+from fallow.apps.settings import HUB_FILE, INVITATION_FILE, Settings
+from fallow.model.errors import StartFailed
+from fallow.model.ids import OrgId
+from fallow.ports import Clock, Registry
 
-KEY_PREFIX = "fk-"
-USUAL = Policy()
-GENEROUS = Allowance()
-POLICY_BYTES_MAX = subjects.KEY.payload_bytes_max - 512
-"""What a policy may take of the message in which gateways hear of it; the rest is room for ids and the allowance."""
-RESTART_S_MIN = 0.2
-RESTART_S_MAX = 30.0
-HEALTHY_S = 10.0
-"""A broker that lived this long is restarted without delay."""
+HUB_FOLDER = "hub"
+KEYS_FOLDER = "keys"
+LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
+MARKET_ORG = OrgId("open")
+"""Whom machines belong to that joined without an invitation."""
 
 log = logging.getLogger("fallow.hub")
 
 
-class KeyDesk:
-    """Answers gateways' questions about API keys."""
-
-    def __init__(self, bus: Bus, key: str, org_id: OrgId, policy: Policy = USUAL, allowance: Allowance = GENEROUS) -> None:
-        self._bus = bus
-        self._digest = hashlib.sha256(key.encode()).digest()
-        self._grant = Grant(key_id=KeyId("key-" + self._digest.hex()[:12]), org_id=org_id, policy=policy, allowance=allowance)
-        self._group: asyncio.TaskGroup | None = None
-
-    async def start(self, group: asyncio.TaskGroup) -> None:
-        self._group = group
-        await self._bus.subscribe(subjects.KEY.pattern, self._on_query, group=GROUP)
-
-    def _on_query(self, delivery: Delivery) -> None:
-        try:
-            query = codec.key_query.read(delivery.data)
-        except WireError as error:
-            log.warning("a key query was dropped: %s", error)
-            return
-        known = hmac.compare_digest(query.key_digest, self._digest)
-        assert self._group is not None, "queries come only while the hub runs"
-        self._group.create_task(self._answer(delivery.reply, m.KeyAnswer(grant=self._grant if known else None)))
-
-    async def _answer(self, subject: str, answer: m.KeyAnswer) -> None:
-        try:
-            await self._bus.publish(subject, codec.encode(answer))
-        except BrokerLost:
-            log.debug("not answered: the broker is away")
+def operator_folder(data: Path) -> Path:
+    """Where the keys lie from which all credentials follow."""
+    return make_folder(make_folder(data / HUB_FOLDER) / KEYS_FOLDER)
 
 
-def policy_of(key: Key) -> Policy:
-    """What the settings allow the hub's key; raises BadSetting if it doesn't fit into a message."""
-    policy = Policy(
-        rings=frozenset(key.rings),
-        partners=frozenset(map(OrgId, key.partners)),
-        regions=frozenset(key.regions),
-        countries=frozenset(key.countries),
-        hardware=key.hardware or None,
-        isolation=None if key.isolation == "none" else key.isolation,
-        prefer=key.prefer,
-        cost_max_micro=micro(key.max_cost) if key.max_cost else None,
-        price_max_micro_per_munit=micro(key.max_price) if key.max_price else None,
-    )
-    size = len(msgspec.msgpack.encode(policy))
-    if size > POLICY_BYTES_MAX:
-        text = f"what the key allows takes {size} bytes, the limit is {POLICY_BYTES_MAX}: name fewer partners, regions or countries"
-        raise BadSetting(f"settings.toml: key: {text}")
-    return policy
+class Reached(msgspec.Struct, frozen=True, kw_only=True):
+    """How the broker is reached: by others, and from here; `ca_pem` is empty without TLS, or if the certificate is a public one."""
+
+    addresses: tuple[str, ...]
+    here: str
+    ca_pem: str = ""
 
 
-def allowance_of(key: Key) -> Allowance:
-    """How much the settings let the hub's key ask for at a time."""
-    return Allowance(
-        concurrency_max=key.concurrency,
-        calls_per_minute=key.calls_per_minute,
-        tokens_per_minute=key.tokens_per_minute,
-        weight=key.weight,
-    )
+class Hub:
+    """All desks of a hub, on its two connections to the broker."""
 
+    def __init__(self, settings: Settings, operator: Operator, registry: Registry, reached: Reached, clock: Clock) -> None:
+        reach = Reach(ca_pem=reached.ca_pem)
+        self.bus = NatsBus(reached.here, operator.hub_user(), "hub", reach=reach)
+        self._system = NatsBus(reached.here, operator.system_user(), "hub system", reach=reach)
+        self._operator = operator
+        self._settings = settings
+        self._registry = registry
+        self._clock = clock
+        self.keeper: BrokerKeeper | None = None
 
-class BrokerKeeper:
-    """A broker of our own that comes back on the same port when it dies."""
-
-    def __init__(self, folder: Path, host: str, port: int, secret: str) -> None:
-        self._folder = folder
-        self._host = host
-        self._port = port
-        self._secret = secret
-        self._broker: Broker | None = None
-
-    async def start(self) -> str:
-        """Raises StartFailed or MissingExtra; returns the address."""
-        self._broker = await start_broker(self._folder, host=self._host, port=self._port, secret=self._secret)
-        self._port = int(self._broker.address.rpartition(":")[2])
-        return f"nats://{self._host}:{self._port}"
-
-    async def keep(self) -> None:
-        """Restart it whenever it ends, until cancelled."""
-        wait_s = RESTART_S_MIN
-        loop = asyncio.get_running_loop()
-        try:
-            while True:
-                began = loop.time()
-                if self._broker is not None:
-                    code = await self._broker.wait()
-                    log.warning("the broker ended with code %d; it is started again", code)
-                self._broker = None
-                wait_s = RESTART_S_MIN if loop.time() - began > HEALTHY_S else min(RESTART_S_MAX, wait_s * 2)
-                await asyncio.sleep(wait_s)
-                try:
-                    await self.start()
-                except (FallowError, OSError) as error:
-                    log.warning("%s; it is tried again", error)
-        finally:
-            if self._broker is not None:
-                await asyncio.shield(self._broker.stop())
-
-
-async def run_hub(settings: Settings, secret: str, secret_in: str, until: asyncio.Event, ready: int | None) -> None:
-    """Be the meeting point until told to stop; raises StartFailed or BadSetting.
-
-    Without a `secret` one is made; `secret_in` says where it is from.
-    """
-    policy = policy_of(settings.key)
-    with only_one(settings.data, "hub"):
-        key = read_or_make(settings.data / KEY_FILE, prefix=KEY_PREFIX)
-        secret = secret or read_or_make(settings.data / SECRET_FILE)
-        secret_in = secret_in or str(settings.data / SECRET_FILE)
+    async def run(self, until: asyncio.Event, tell: "asyncio.Future[None]") -> None:
+        """Until told; `tell` is set when all desks are open. Raises StartFailed, BrokerLost."""
+        await self.bus.connect()
+        await self._system.connect()
+        issue = self._operator.credential
+        open_to = MARKET_ORG if self._settings.hub.open else None
+        enrolling = EnrolDesk(
+            self.bus,
+            self._registry,
+            lambda role, public_key, life_s: issue(role, public_key, now_s=self._clock.wall_ms() // 1000, life_s=life_s),
+            self._clock,
+            open_to=open_to,
+            vouch=self._operator.vouch,
+            authority=self._operator.authority,
+        )
+        cards = CardDesk(self._registry.cards, self._clock)
+        keys = KeyDesk(self.bus, self._registry, self._clock)
+        roster = HubRoster(self.bus, self._clock, org_of=vouched_by(self._operator.authority, self._clock), on_card=cards.take)
+        prices = PriceDesk(self.bus, roster, PriceRecord(self._settings.data), self._clock)
+        placing = Placing(self.bus, roster, self._clock)
         async with asyncio.TaskGroup() as group:
-            keeping: asyncio.Task[None] | None = None
-            address = settings.hub.broker
-            if not address:
-                host, _, port = settings.hub.listen.rpartition(":")
-                keeper = BrokerKeeper(settings.data / "broker", host, int(port), secret)
-                address = await keeper.start()
-                keeping = group.create_task(keeper.keep(), name="broker")
-            bus = NatsBus(address, secret, "hub")
-            desks: list[asyncio.Task[None]] = []
+            await enrolling.start(group)
+            await keys.start(group)
+            await roster.start()
+            await prices.start(group)
+            await placing.start()
+            runs = (roster.run(), prices.run(), placing.run(), keys.run(), cards.run(), watch_bans(self._registry, self.put_out))
+            desks = [group.create_task(one) for one in runs]
+            tell.set_result(None)
+            await until.wait()
+            for desk in desks:
+                desk.cancel()
+
+    async def put_out(self, banned: Mapping[str, int]) -> None:
+        """Tell the broker who is banned since when (UTC, ms): it ends their connections, and takes them no more. Raises FallowError."""
+        revoked = {public_key: at_ms // 1000 for public_key, at_ms in banned.items()}
+        if self.keeper is not None:
+            self.keeper.revoked = revoked
+        trust = await asyncio.to_thread(self._operator.trust, revoked)
+        await push_accounts(self._system, trust.accounts.values())
+
+    async def close(self) -> None:
+        await self._system.close()
+        await self.bus.close()
+
+
+async def run_hub(settings: Settings, until: asyncio.Event, ready: int | None) -> None:
+    """Be the meeting point until told to stop; raises StartFailed, StoreFailed or BadSetting."""
+    policy_of(settings.key)
+    clock = SystemClock()
+    with only_one(settings.data, "hub"), contextlib.ExitStack() as held:
+        operator = Operator.open(operator_folder(settings.data))
+        registry = await asyncio.to_thread(open_registry, settings.database)
+        held.callback(registry.close)
+        await asyncio.to_thread(found, settings, registry, now_ms=clock.wall_ms())
+        async with asyncio.TaskGroup() as group:
+            keeper, reached = await _broker(settings, operator, registry)
+            keeping = None if keeper is None else group.create_task(keeper.keep(), name="broker")
+            hub = Hub(settings, operator, registry, reached, clock)
+            hub.keeper = keeper
             try:
-                await bus.connect()
-                await KeyDesk(bus, key, OrgId(settings.organisation.id), policy, allowance_of(settings.key)).start(group)
-                clock = SystemClock()
-                roster = HubRoster(bus, clock)
-                await roster.start()
-                desks.append(group.create_task(roster.run(), name="roster"))
-                prices = PriceDesk(bus, roster, PriceRecord(settings.data), clock)
-                await prices.start(group)
-                desks.append(group.create_task(prices.run(), name="prices"))
-                placing = Placing(bus, roster, clock)
-                await placing.start()
-                desks.append(group.create_task(placing.run(), name="placing"))
-                tell_ready(ready, address, f"The hub is up: nodes and gateways join with --hub {address} and the secret in {secret_in}")
-                await until.wait()
+                invite = functools.partial(invite_home, addresses=reached.addresses, ca_pem=reached.ca_pem, now_ms=clock.wall_ms())
+                await asyncio.to_thread(invite, settings, registry, operator.door())
+                write_private(settings.data / HUB_FILE, msgspec.json.encode({"addresses": reached.addresses}).decode())
+                held.callback((settings.data / HUB_FILE).unlink, missing_ok=True)
+                is_open: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+                is_open.add_done_callback(lambda _: tell_ready(ready, reached.here, _words(settings, reached)))
+                await hub.run(until, is_open)
             finally:
-                for desk in desks:
-                    desk.cancel()
-                await bus.close()
+                await hub.close()
                 if keeping is not None:
                     keeping.cancel()
+
+
+def _words(settings: Settings, reached: Reached) -> str:
+    return (
+        f"The hub is up at {', '.join(reached.addresses)}. On this machine gateways and nodes join by themselves "
+        f"({settings.data / INVITATION_FILE}); `fallow hub invite` asks others in."
+    )
+
+
+async def _broker(settings: Settings, operator: Operator, registry: Registry) -> tuple[BrokerKeeper | None, Reached]:
+    """A broker of our own, or the one that runs already."""
+    if settings.hub.broker:
+        return None, Reached(addresses=(settings.hub.broker,), here=settings.hub.broker)
+    host, _, port = settings.hub.listen.rpartition(":")
+    plain_host = host.strip("[]")
+    tls, authority = (None, "") if plain_host in LOOPBACK or plain_host.startswith("127.") else _certificate(settings, plain_host)
+    members = await asyncio.to_thread(registry.members.all)
+    revoked = {one.public_key: one.banned_at_ms // 1000 for one in members if one.banned_at_ms is not None}
+    listening = Listening(host=host, port=int(port), websocket_port=settings.hub.websocket_port, tls=tls)
+    keeper = BrokerKeeper(settings.data / "broker", listening, operator, revoked)
+    address = await keeper.start()
+    own_port = address.rpartition(":")[2]
+    if tls is None:
+        return keeper, Reached(addresses=(f"nats://{host}:{own_port}",), here=f"nats://{host}:{own_port}")
+    addresses = [f"tls://{name}:{own_port}" for name in _names(settings, plain_host)]
+    if settings.hub.websocket_port:
+        addresses += [f"wss://{name}:{settings.hub.websocket_port}" for name in _names(settings, plain_host)]
+    return keeper, Reached(addresses=tuple(addresses), here=addresses[0], ca_pem=authority)
+
+
+def _names(settings: Settings, host: str) -> tuple[str, ...]:
+    """By what others reach this machine."""
+    if settings.hub.names:
+        return settings.hub.names
+    return (socket.gethostname(),) if host in ("0.0.0.0", "::", "") else (host,)  # noqa: S104
+
+
+def _certificate(settings: Settings, host: str) -> tuple[TlsFiles, str]:
+    """The one of the settings, or our own; raises StartFailed."""
+    given, key = settings.hub.certificate, settings.hub.certificate_key
+    if bool(given) != bool(key):
+        raise StartFailed("hub.certificate and hub.certificate_key belong together; give both or none")
+    if given:
+        files = TlsFiles(certificate=Path(given).expanduser(), key=Path(key).expanduser())
+        for path in (files.certificate, files.key):
+            if not path.is_file():
+                raise StartFailed(f"there is no file {path}, which the settings name as the broker's certificate or its key")
+        return files, ""
+    folder = make_folder(settings.data / HUB_FOLDER / "tls")
+    files = kept_certificate(folder, [*_names(settings, host), "localhost", "127.0.0.1"])
+    return files, ca_pem(folder)

@@ -15,9 +15,10 @@ from fallow.adapters import cgroup, machine
 from fallow.adapters.catalogue import load_catalogue
 from fallow.adapters.clock import SystemClock
 from fallow.adapters.engine_process import SOCKET_PATH_MAX, socket_path
-from fallow.adapters.files import make_folder, only_one, read_or_make
+from fallow.adapters.files import make_folder, only_one
 from fallow.adapters.jail import NO_JAIL, Jail, detect
 from fallow.adapters.nats_bus import NatsBus
+from fallow.apps.joining import Joined, Renewal, join
 from fallow.apps.node.attached import attach
 from fallow.apps.node.holding import Holding
 from fallow.apps.node.loading import Loader
@@ -30,9 +31,10 @@ from fallow.apps.settings import Settings
 from fallow.core.sizing import memory_limit
 from fallow.model.card import Card, Hardware
 from fallow.model.errors import StartFailed
-from fallow.model.ids import NodeId, OrgId
+from fallow.model.ids import NodeId
 from fallow.model.measured import Measured
 from fallow.ports import Clock
+from fallow.wire.invitation import Invitation
 
 CARD_LIFE_MS = 24 * 3_600_000
 SOCKET_NAME = "e99"
@@ -51,7 +53,7 @@ class Joining(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     hub: str
-    secret: str
+    invited: Invitation | None
     engine: str
     only: tuple[str, ...]
     with_up: bool
@@ -60,10 +62,11 @@ class Joining(msgspec.Struct, frozen=True, kw_only=True):
 
 
 async def run_node(settings: Settings, joining: Joining, stop: Stop) -> None:
-    """Lend this machine until told to stop, and what runs then to its end; raises StartFailed, BadModelFile, MissingExtra."""
+    """Lend this machine until told to stop, and what runs then to its end; raises StartFailed, NotAdmitted, BadModelFile, MissingExtra."""
     with only_one(settings.data, "node"):
-        node_id = NodeId(read_or_make(settings.data / "node_id", prefix="node-", length=4))
         clock = SystemClock()
+        joined = await join(settings.data, "node", joining.invited, joining.hub, settings.network.proxy, clock)
+        node_id = NodeId(joined.credentials.key.public)
         folder = _socket_folder(settings.data)
         owner = OwnerSide(
             settings,
@@ -83,30 +86,34 @@ async def run_node(settings: Settings, joining: Joining, stop: Stop) -> None:
                     lent = await _until_told(preparing, stop.asked)
                     if lent is not None:
                         owner.lend(lent.served, lent.jail, lent.measured)
-                        await _join(settings, joining, owner, lent, _card(node_id, settings, lent, clock), stop, clock)
+                        await _join(settings, joining, owner, lent, joined, stop, clock)
                 finally:
                     keeping.cancel()
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-async def _join(settings: Settings, joining: Joining, owner: OwnerSide, lent: "Lent", card: Card, stop: Stop, clock: Clock) -> None:
+async def _join(settings: Settings, joining: Joining, owner: OwnerSide, lent: "Lent", joined: Joined, stop: Stop, clock: Clock) -> None:
     """Be on the network until told to stop. The owner comes first to the end: what drains still yields."""
-    bus = NatsBus(joining.hub, joining.secret, card.node_id)
+    card = _card(joined, settings, lent, clock)
+    bus = NatsBus(joined.address, joined.credentials, card.node_id, reach=joined.reach)
     await bus.connect()
     try:
         await owner.asking.start(bus, card.hardware.kind)
-        node = Node(card, lent.served, bus, clock)
+        node = Node(card, lent.served, bus, clock, joined.credentials.key.sign)
         closing = asyncio.Event()
         async with asyncio.TaskGroup() as group:
             serving = group.create_task(node.run(closing), name="node")
             loading = group.create_task(_tell_when_ready(owner, node, lent.served, joining.ready), name="ready")
             serving.add_done_callback(lambda _: loading.cancel())
+            renewing = group.create_task(Renewal("node", joined, bus, clock, node.renewed).run(), name="renewal")
+            serving.add_done_callback(lambda _: renewing.cancel())
             holding = group.create_task(_hold(owner, lent, card.node_id, bus, clock), name="holding")
             serving.add_done_callback(lambda _: holding.cancel())
             await stop.asked.wait()
             loading.cancel()
             holding.cancel()
+            renewing.cancel()
             if len(node.jobs):
                 tell_draining(NODE_DRAIN_S)
             await node.drain(stop.now, NODE_DRAIN_S)
@@ -155,11 +162,13 @@ async def _tell_when_ready(owner: OwnerSide, node: Node, served: list[Served], r
     tell_ready(ready, node.card.node_id, words)
 
 
-def _card(node_id: NodeId, settings: Settings, lent: "Lent", clock: Clock) -> Card:
+def _card(joined: Joined, settings: Settings, lent: "Lent", clock: Clock) -> Card:
     now = clock.wall_ms()
     return Card(
-        node_id=node_id,
-        org_id=OrgId(settings.organisation.id),
+        node_id=NodeId(joined.credentials.key.public),
+        org_id=joined.org_id,
+        membership=joined.membership,
+        member_until_s=joined.member_until_s,
         sequence=now,
         expires_at_ms=now + CARD_LIFE_MS,
         hardware=lent.hardware,

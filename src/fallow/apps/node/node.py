@@ -21,6 +21,7 @@ from fallow.model.ids import AttemptId
 from fallow.model.owner import Refusals, Verdict
 from fallow.ports import Bus, Clock, Delivery
 from fallow.wire import codec, subjects
+from fallow.wire.sign import Sign
 
 ACCEPTED_AFTER_S = 0.02
 """Most failures and some answers are quicker than that, and then no Accepted is needed."""
@@ -30,16 +31,16 @@ log = logging.getLogger("fallow.node")
 
 
 class Node:
-    """One machine with the models it serves."""
+    """One machine with the models it serves. `sign` is of the key whose public half is the card's `node_id`."""
 
-    def __init__(self, card: Card, served: Sequence[Served], bus: Bus, clock: Clock) -> None:
+    def __init__(self, card: Card, served: Sequence[Served], bus: Bus, clock: Clock, sign: Sign) -> None:
         self.card = card
         self._served = {one.model: one for one in served}
         self._bus = bus
         self._clock = clock
         self.jobs = Jobs(clock)
         self._is_leaving = False
-        self._pulse = Pulse(card, served, self.jobs.running, bus, clock)
+        self.pulse = Pulse(card, served, self.jobs.running, bus, clock, sign)
         self._group: asyncio.TaskGroup | None = None
         self._refusals = Refusals()
 
@@ -50,12 +51,12 @@ class Node:
             background = [group.create_task(one.run(), name=f"engine {one.model}") for one in self._served.values()]
             node_id = self.card.node_id
             self._bus.on_lost(self.jobs.give_up)
-            self._bus.on_lost(self._pulse.introduce)
+            self._bus.on_lost(self.pulse.introduce)
             await self._bus.subscribe(subjects.request(node_id), self._on_request)
             await self._bus.subscribe(subjects.bodies(node_id), self._on_body)
             await self._bus.subscribe(subjects.control(node_id), self._on_control)
-            await self._bus.subscribe(subjects.hold(node_id), self._on_hub)
-            background += [group.create_task(self._pulse.run(), name="pulse"), group.create_task(self.jobs.tick(), name="tick")]
+            await self._bus.subscribe(subjects.hold(node_id), self.pulse.on_hub)
+            background += [group.create_task(self.pulse.run(), name="pulse"), group.create_task(self.jobs.tick(), name="tick")]
             await until.wait()
             await self._leave()
             self.jobs.give_up()
@@ -65,11 +66,11 @@ class Node:
 
     async def drain(self, now: asyncio.Event, within_s: float) -> None:
         """Say that we leave, take no more calls, and let those that run come to their end: for so long, or until `now` is set."""
-        self._pulse.state = "leave"
+        self.pulse.state = "leave"
         self._is_leaving = True
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(LEAVE_S):
-                await quietly(functools.partial(self._pulse.beat, full=False))
+                await quietly(functools.partial(self.pulse.beat, full=False))
         either = [asyncio.ensure_future(self.jobs.over()), asyncio.ensure_future(now.wait())]
         try:
             await asyncio.wait(either, timeout=within_s, return_when=asyncio.FIRST_COMPLETED)
@@ -78,11 +79,11 @@ class Node:
                 one.cancel()
 
     async def _leave(self) -> None:
-        self._pulse.state = "leave"
+        self.pulse.state = "leave"
         self._is_leaving = True
         try:
             async with asyncio.timeout(LEAVE_S):
-                await self._pulse.beat(full=False)
+                await self.pulse.beat(full=False)
                 leaving = Failure(code="leaving", message="the node is leaving the network")
                 for job in self.jobs:
                     await job.outlet.fail(leaving)
@@ -95,20 +96,21 @@ class Node:
         if self._group is not None:
             if not self._is_leaving:
                 # Freed memory is nothing that gateways need to know; "leave" would mean that the node goes for good.
-                self._pulse.state = "pause" if verdict.state == "leave" else verdict.state
+                self.pulse.state = "pause" if verdict.state == "leave" else verdict.state
             self._spawn(self._yield(list(self.jobs) if drops else []))
 
     async def _yield(self, jobs: list[Job]) -> None:
         """First the heartbeat, so that no gateway sends the same call here again."""
-        await quietly(functools.partial(self._pulse.beat, full=False))
+        await quietly(functools.partial(self.pulse.beat, full=False))
         for job in jobs:
             await quietly(functools.partial(job.outlet.fail, admit.yielding()))
             if job.task is not None:
                 job.task.cancel()
 
-    def introduce(self) -> None:
-        """Send card and offers again: something in them changed."""
-        self._pulse.introduce()
+    def renewed(self, enrolled: m.Enrolled) -> None:
+        """The hub vouches for us anew."""
+        self.card = msgspec.structs.replace(self.card, membership=enrolled.membership, member_until_s=enrolled.expires_at_s)
+        self.pulse.change(self.card, self._refusals)
 
     def refuse(self, refusals: Refusals) -> None:
         """What and whom the owner doesn't work for, from now on."""
@@ -119,7 +121,7 @@ class Node:
             refuses_organisations=refusals.organisations,
             refuses_countries=refusals.countries,
         )
-        self._pulse.change(self.card, refusals)
+        self.pulse.change(self.card, refusals)
 
     # what comes from gateways
     def _on_request(self, delivery: Delivery) -> None:
@@ -146,7 +148,7 @@ class Node:
         served = self._served.get(request.model)
         desk = admit.Desk(
             leaving=self._is_leaving,
-            yielding=self._pulse.state in ("pause", "leave"),
+            yielding=self.pulse.state in ("pause", "leave"),
             refuses=self._refusals.organisations | self._refusals.countries,
             running=self.jobs.running(served) if served else 0,
             slots=served.slots if served else 0,
@@ -194,19 +196,11 @@ class Node:
                     if job is not None:
                         job.renew()
             case m.Introduce():
-                self._pulse.introduce()
+                self.pulse.introduce()
             case m.Ping():
                 lost = Failure(code="attempt_lost", message="the node doesn't know this attempt any more")
                 is_here = self.jobs.find(message.attempt_id) is not None
                 self._spawn(self._answer(delivery.reply, m.Alive() if is_here else m.Final(index=0, failure=lost)))
-
-    def _on_hub(self, delivery: Delivery) -> None:
-        """Plans are another's to follow."""
-        try:
-            if isinstance(codec.from_hub.read(delivery.data), m.Introduce):
-                self._pulse.introduce()
-        except WireError as error:
-            log.warning("a message of the hub was dropped: %s", error)
 
     async def _answer(self, subject: str, message: m.Final | m.Alive) -> None:
         async def say() -> None:

@@ -158,7 +158,7 @@ class OwnerSide:
             one.price = self.asking.ask(one.model, self._pricing.price(one.model, self._usd_per_kwh))
         has_changed = before != [one.price for one in ours]
         if has_changed and self._node is not None:
-            self._node.introduce()
+            self._node.pulse.introduce()
         return has_changed
 
     def lend(self, served: Sequence[Served], jail: Jail, measured: Mapping[str, Measured]) -> None:

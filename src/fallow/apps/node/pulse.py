@@ -2,31 +2,36 @@
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import Callable, Sequence
 
 import msgspec
 
 from fallow.apps.node.served import Served
-from fallow.core import roster
+from fallow.core import cards, roster
 from fallow.model import messages as m
 from fallow.model.card import Card
-from fallow.model.errors import BrokerLost
+from fallow.model.errors import BrokerLost, WireError
 from fallow.model.offer import Offer
 from fallow.model.owner import Refusals
-from fallow.ports import Bus, Clock
+from fallow.ports import Bus, Clock, Delivery
 from fallow.wire import codec, subjects
+from fallow.wire.sign import Sign, signed_card
 
 OFFER_LIFE_MS = 24 * 3_600_000
 FIRST_BEATS_MS = 3_000
 FIRST_BEAT_S = 0.2
 """A newcomer beats faster for a moment: gateways that start at the same time hear of it at once."""
 
+log = logging.getLogger("fallow.node")
+
 
 class Pulse:
-    """Beats until cancelled."""
+    """Beats until cancelled. `sign` is of the node's own key; the card is signed anew when it changes and when half its life is over."""
 
-    def __init__(self, card: Card, served: Sequence[Served], running: Callable[[Served], int], bus: Bus, clock: Clock) -> None:
-        self._card = card
+    def __init__(self, card: Card, served: Sequence[Served], running: Callable[[Served], int], bus: Bus, clock: Clock, sign: Sign) -> None:
+        self._sign = sign
+        self._card = signed_card(cards.renewed(card, after=card.sequence - 1, now_ms=clock.wall_ms()), sign)
         self._served = served
         self._running = running
         self._bus = bus
@@ -40,9 +45,17 @@ class Pulse:
         """Somebody doesn't know us yet."""
         self._asked.set()
 
+    def on_hub(self, delivery: Delivery) -> None:
+        """The hub doesn't know us yet. Its plans are another's to follow."""
+        try:
+            if isinstance(codec.from_hub.read(delivery.data), m.Introduce):
+                self.introduce()
+        except WireError as error:
+            log.warning("a message of the hub was dropped: %s", error)
+
     def change(self, card: Card, refusals: Refusals) -> None:
         """The owner allows something else: everyone gets the card and the offers anew, at once."""
-        self._card = card
+        self._renew(card)
         self._refusals = refusals
         self._asked.set()
 
@@ -51,6 +64,9 @@ class Pulse:
         started = renewed = self._clock.now_ms()
         while True:
             full = full or self._clock.now_ms() - renewed > OFFER_LIFE_MS // 2
+            if cards.is_due(self._card, now_ms=self._clock.wall_ms()):
+                self._renew(self._card)
+                full = True
             try:
                 await self.beat(full=full)
                 renewed = self._clock.now_ms() if full else renewed
@@ -79,6 +95,9 @@ class Pulse:
             offers=tuple(self._offer(one, expires) for one in self._offered()) if full else None,
         )
         await self._bus.publish(subjects.heartbeat(node_id), codec.encode(beat))
+
+    def _renew(self, card: Card) -> None:
+        self._card = signed_card(cards.renewed(card, after=self._card.sequence, now_ms=self._clock.wall_ms()), self._sign)
 
     def _offered(self) -> list[Served]:
         refused = self._refusals

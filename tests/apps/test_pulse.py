@@ -1,0 +1,91 @@
+"""A node's card: signed with its own key before anybody sees it, again when it changes, and again before it expires."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING
+
+import pytest
+from msgspec.structs import replace
+
+from fallow.adapters.memory_bus import MemoryBus
+from fallow.adapters.nkey import make_key
+from fallow.apps.node.pulse import Pulse
+from fallow.core.cards import CARD_LIFE_MS, why_card_refused
+from fallow.model.card import Card
+from fallow.model.owner import Refusals
+from fallow.wire import codec
+from fallow.wire.sign import card_verifies
+
+if TYPE_CHECKING:
+    from tests.apps.one_loop import FakeClock, FakeServed, Overheard, card_of, turns, until
+else:
+    from one_loop import FakeClock, FakeServed, Overheard, card_of, turns, until
+
+pytestmark = pytest.mark.anyio
+KEY = make_key("user")
+
+
+class Heart:
+    """A pulse, and all cards that were heard of it."""
+
+    def __init__(self) -> None:
+        self.broker = Overheard()
+        self.clock = FakeClock()
+        self.card = card_of(KEY.public)
+        self.pulse = Pulse(self.card, [FakeServed()], lambda served: 0, MemoryBus(self.broker), self.clock, KEY.sign)
+
+    def cards(self) -> list[Card]:
+        beats = [codec.read_heartbeat(data, f"hb.{KEY.public}") for data in self.broker.sent_to("hb.")]
+        cards = [beat.card for beat in beats if beat.card is not None]
+        assert all(beat.card_sequence == beat.card.sequence for beat in beats if beat.card is not None)
+        return [card for at, card in enumerate(cards) if at == 0 or card != cards[at - 1]]
+
+
+@pytest.fixture
+async def heart() -> AsyncIterator[Heart]:
+    heart = Heart()
+    running = asyncio.ensure_future(heart.pulse.run())
+    await turns()
+    yield heart
+    running.cancel()
+    await asyncio.wait([running])
+
+
+async def test_the_first_heartbeat_brings_a_signed_card(heart: Heart) -> None:
+    [card] = heart.cards()
+    assert card_verifies(card)
+    assert replace(card, signature=b"", expires_at_ms=heart.card.expires_at_ms) == heart.card
+    assert why_card_refused(card, None, verifies=True, now_ms=heart.clock.wall_ms()) is None
+
+
+async def test_a_changed_card_is_signed_anew(heart: Heart) -> None:
+    changed = replace(heart.card, refuses_countries=frozenset({"xx"}))
+    heart.pulse.change(changed, Refusals(countries=frozenset({"xx"})))
+    await until(lambda: len(heart.cards()) == 2)
+    first, second = heart.cards()
+    assert second.refuses_countries == {"xx"}
+    assert second.sequence > first.sequence
+    assert card_verifies(second)
+
+
+@pytest.mark.parametrize(("after_ms", "cards"), [(CARD_LIFE_MS // 2 - 1, 1), (CARD_LIFE_MS // 2, 2), (CARD_LIFE_MS * 3, 2), (-60_000, 2)])
+async def test_a_card_is_renewed_when_half_its_life_is_over_or_the_clock_was_set_back(heart: Heart, after_ms: int, cards: int) -> None:
+    heart.clock.advance(after_ms)
+    heart.pulse.introduce()  # the next beat, now
+    await turns()
+    heard = heart.cards()
+    assert len(heard) == cards
+    assert all(map(card_verifies, heard))
+    assert sorted(card.sequence for card in heard) == list(dict.fromkeys(card.sequence for card in heard))
+    assert heard[-1].expires_at_ms == heart.clock.wall_ms() + CARD_LIFE_MS or cards == 1
+    assert why_card_refused(heard[-1], heard[0], verifies=True, now_ms=heart.clock.wall_ms()) is None
+
+
+async def test_a_card_that_the_owner_changed_after_a_renewal_is_newer_than_that(heart: Heart) -> None:
+    heart.clock.advance(CARD_LIFE_MS)
+    heart.pulse.introduce()
+    await turns()
+    heart.pulse.change(heart.card, Refusals())  # numbered by the node, which doesn't know of the renewal
+    await until(lambda: len(heart.cards()) == 3)
+    sequences = [card.sequence for card in heart.cards()]
+    assert sequences == sorted(set(sequences))

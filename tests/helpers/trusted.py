@@ -1,0 +1,93 @@
+"""A broker that trusts an operator, its users, and plain connections for those who want to reach further than they may."""
+
+import asyncio
+import base64
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from nats.aio.client import Client
+from nats.aio.msg import Msg
+
+from fallow.adapters.broker import Broker, start_broker
+from fallow.adapters.nkey import Credentials, KeyPair, make_key
+from fallow.adapters.operator import Operator
+from fallow.wire.subjects import Role
+
+HERE = "127.0.0.1"
+DAY_S = 86_400
+WITHIN_S = 5.0
+POLL_S = 0.002
+
+
+async def until(said: Callable[[], Any], *, what: str = "it") -> None:
+    """Poll until `said()` is true; the bound is only there so that a broken build ends."""
+    deadline = time.monotonic() + WITHIN_S
+    while not said():
+        assert time.monotonic() < deadline, f"{what} did not happen within {WITHIN_S:g} s"
+        await asyncio.sleep(POLL_S)
+
+
+class Site:
+    """An operator and its broker."""
+
+    def __init__(self, operator: Operator, broker: Broker) -> None:
+        self.operator = operator
+        self.broker = broker
+
+    @classmethod
+    async def start(cls, folder: Path, **options: Any) -> "Site":
+        operator = Operator.open(folder / "operator")
+        return cls(operator, await start_broker(folder / "broker", host=HERE, port=0, trust=operator.trust({}), **options))
+
+    def member(self, role: Role, key: KeyPair | None = None, *, now_s: int | None = None, life_s: int = DAY_S) -> Credentials:
+        """A member with a new key, or the next credential of one that has one."""
+        key = key or make_key("user")
+        issued_s = int(time.time()) if now_s is None else now_s
+        return Credentials(self.operator.credential(role, key.public, now_s=issued_s, life_s=life_s), key)
+
+
+class Tap:
+    """A plain connection of nats-py, which keeps what it hears and what the broker refuses."""
+
+    def __init__(self) -> None:
+        self.client = Client()
+        self.heard: list[Msg] = []
+        self.refused: list[str] = []
+
+    @classmethod
+    async def open(cls, address: str, jwt: str, key: KeyPair, inbox: str = "") -> "Tap":
+        """Raises what nats-py raises if the broker doesn't let it in."""
+        tap = cls()
+
+        async def on_error(error: Exception) -> None:
+            tap.refused.append(str(error))
+
+        try:
+            await tap.client.connect(
+                servers=[address],
+                user_jwt_cb=jwt.encode,
+                signature_cb=lambda nonce: base64.b64encode(key.sign(nonce.encode())),
+                inbox_prefix=f"_I.{inbox or key.public}",
+                error_cb=on_error,
+                allow_reconnect=False,
+            )
+        except BaseException:
+            await tap.client.close()
+            raise
+        return tap
+
+    async def listen(self, subject: str) -> None:
+        async def hear(message: Msg) -> None:
+            self.heard.append(message)
+
+        await self.client.subscribe(subject, cb=hear)
+
+    async def flush(self) -> None:
+        """Until the broker has taken all that was said, and refused what it refuses."""
+        await self.client.flush()
+        await self.client.flush()
+
+    async def close(self) -> None:
+        await self.client.close()
