@@ -12,7 +12,7 @@ from urllib.parse import ParseResult, urlsplit
 import aiohttp
 import msgspec
 from nats import errors
-from nats.aio.client import Client, Srv
+from nats.aio.client import DEFAULT_BUFFER_SIZE, Client, Srv
 from nats.aio.transport import TcpTransport, Transport, WebSocketTransport
 
 from fallow.adapters.nats_reader import Reader
@@ -226,9 +226,9 @@ class _Client(Client):
     async def _connect_to_server(self, s: Srv) -> None:
         if s.uri.scheme in ("ws", "wss"):
             self._transport = _WebSocket(self._proxy, self._connect_s)
-        else:
-            self._transport = _Tcp()  # type: ignore[no-untyped-call]
-        await super()._connect_to_server(s)
+            return await super()._connect_to_server(s)
+        self._transport = _Tcp()  # type: ignore[no-untyped-call]
+        await self._transport.connect(s.uri, buffer_size=DEFAULT_BUFFER_SIZE, connect_timeout=self.options["connect_timeout"])
 
     async def _process_msg(self, sid: int, subject: bytes, reply: bytes, data: bytes, headers: bytes) -> None:
         hear = self.ears.get(sid)
