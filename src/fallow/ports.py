@@ -117,6 +117,10 @@ class Members(Protocol):
 
     def all(self, role: MemberRole | None = None) -> list[Member]: ...
 
+    def banned(self) -> list[Member]:
+        """Those who are put out."""
+        ...
+
     def ban(self, public_key: str, *, at_ms: int | None, why: str = "") -> None:
         """Put a member out; `at_ms` None takes the ban back."""
         ...

@@ -214,6 +214,22 @@ def test_a_banned_member_is_refused_until_it_isnt(registry: SqlRegistry) -> None
         registry.members.ban("UNEVER", at_ms=NOW)
 
 
+def test_those_who_are_out(registry: SqlRegistry) -> None:
+    for key in ("UB", "UA", "UC"):
+        registry.members.admit_open(msgspec.structs.replace(NODE, public_key=key))
+    assert registry.members.banned() == []
+    for key in ("UB", "UA"):
+        registry.members.ban(key, at_ms=NOW)
+    assert [(one.public_key, one.banned_at_ms) for one in registry.members.banned()] == [("UA", NOW), ("UB", NOW)]
+
+
+def test_who_read_a_key_before_it_was_revoked_does_not_bring_it_back(registry: SqlRegistry) -> None:
+    registry.keys.add(KEY)
+    registry.keys.change(msgspec.structs.replace(KEY, revoked_at_ms=NOW))
+    registry.keys.change(msgspec.structs.replace(KEY, name="other"))
+    assert registry.keys.named(KEY.id) == msgspec.structs.replace(KEY, name="other", revoked_at_ms=NOW)
+
+
 def test_open_enrolment(registry: SqlRegistry) -> None:
     admitted = registry.members.admit_open(msgspec.structs.replace(NODE, invite_id="mine", banned_at_ms=NOW))
     assert admitted == NODE

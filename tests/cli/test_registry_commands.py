@@ -12,11 +12,13 @@ import sqlalchemy as sa
 from typer.testing import CliRunner, Result
 
 from fallow.adapters.nkey import make_key
+from fallow.adapters.operator import Operator
 from fallow.adapters.sql.registry import SqlRegistry, open_registry
 from fallow.apps.hub.key_desk import Agreements
 from fallow.apps.hub.registrar import digest_of
 from fallow.cli import registry_desk
 from fallow.cli.main import app
+from fallow.model.errors import StartFailed
 from fallow.model.identity import Member
 from fallow.model.ids import KeyId, NodeId, OrgId
 from fallow.wire import invitation
@@ -425,3 +427,20 @@ def test_a_database_that_can_not_be_is_one_line(data: Path) -> None:
 @pytest.mark.parametrize(("text", "ms"), [("90m", 5_400_000), ("12h", 43_200_000), ("30d", 2_592_000_000), ("1s", 1_000), ("never", None)])
 def test_spans(text: str, ms: int | None) -> None:
     assert registry_desk.span_ms("expires", text) == ms
+
+
+def test_a_hub_is_made_before_it_runs_and_its_first_keys_kept_elsewhere(data: Path, tmp_path: Path) -> None:
+    folder = Path(run("hub", "init", "--offline", str(tmp_path / "safe")).stdout.strip())
+    assert folder == data / "hub" / "keys"
+    assert {path.name for path in (tmp_path / "safe").iterdir()} == {
+        "operator.seed", "account-GATEWAYS.seed", "account-GUESTS.seed", "account-HUB.seed", "account-NODES.seed", "account-SYSTEM.seed",
+    }  # fmt: skip
+    assert not list(folder.glob("operator.seed"))
+    operator, key = Operator.open(folder), make_key("user").public
+    assert operator.credential("node", key, now_s=1, life_s=2)
+    with pytest.raises(StartFailed, match=r"operator\.seed"):
+        operator.trust({key: 1})
+    assert json.loads(run("keys", "list", "--json").stdout)[0]["name"] == "this machine"
+    before = operator.authority
+    run("hub", "init")
+    assert Operator.open(folder).authority == before

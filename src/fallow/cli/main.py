@@ -70,6 +70,7 @@ def hub(
         str | None, typer.Option("--listen", metavar="HOST:PORT", help="Where the broker listens. [default: 127.0.0.1:8422]")
     ] = None,
     broker: Annotated[str | None, typer.Option("--broker", metavar="ADDRESS", help="A nats-server that runs already.")] = None,
+    credential_life: Annotated[int | None, typer.Option("--credential-life", metavar="S", min=1, hidden=True)] = None,
     verbose: Verbose = False,
     ready_fd: ReadyFd = None,
 ) -> None:
@@ -78,7 +79,7 @@ def hub(
         return
     from fallow.cli import processes
 
-    sys.exit(processes.hub(data, listen=listen, broker=broker, verbose=verbose, ready_fd=ready_fd))
+    sys.exit(processes.hub(data, listen=listen, broker=broker, life_s=credential_life, verbose=verbose, ready_fd=ready_fd))
 
 
 @app.command()

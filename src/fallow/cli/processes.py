@@ -168,14 +168,15 @@ def _data_flag(settings: Settings) -> str:
     return "" if settings.data == default_data().resolve() else f" --data {settings.data}"
 
 
-def hub(data: Path | None, *, listen: str | None, broker: str | None, verbose: bool, ready_fd: int | None) -> int:
-    """`fallow hub`."""
+def hub(data: Path | None, *, listen: str | None, broker: str | None, life_s: int | None, verbose: bool, ready_fd: int | None) -> int:
+    """`fallow hub`. `life_s` is of the credentials that it gives, where tests want another than a day's."""
+    from fallow.apps.hub.enrolling import LIFE_S
     from fallow.apps.hub.main import run_hub
 
     settings = _read(data, {"hub.listen": listen, "hub.broker": broker})
 
     async def main(stop: Stop) -> None:
-        await run_hub(settings, stop.asked, ready_fd)
+        await run_hub(settings, stop.asked, ready_fd, life_s=life_s or LIFE_S)
 
     return run(main, verbose=verbose)
 

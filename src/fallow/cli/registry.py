@@ -1,6 +1,7 @@
 """The commands of who runs a hub: `fallow keys`, `fallow org`, and `fallow hub invite` with its neighbours."""
 
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -208,6 +209,21 @@ def org_end(
     from fallow.cli import organisations
 
     sys.exit(organisations.end(data, other, org=org))
+
+
+@hub.command("init")
+def hub_init(
+    context: typer.Context,
+    offline: Annotated[
+        Path | None,
+        typer.Option("--offline", metavar="DIR", help="Move the operator's and the accounts' keys there, to keep them elsewhere."),
+    ] = None,
+    data: Data = None,
+) -> None:
+    """Make all keys and the database of a hub now; `fallow hub` does it by itself. Nothing that is there is changed."""
+    from fallow.cli import hub_init
+
+    sys.exit(hub_init.init(data or data_of(context), offline))
 
 
 @hub.command("invite")

@@ -85,7 +85,8 @@ class ApiKey(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class LogEntry(msgspec.Struct, frozen=True, kw_only=True):
-    """A line of the public log of cards. `hash` is SHA-256 over the hash before, the number and the card's bytes, signature included."""
+    """A line of the public log of cards. `hash` is SHA-256 over the hash before, the number, the time and the card's bytes,
+    signature included."""
 
     number: int
     node_id: str

@@ -54,12 +54,15 @@ class SqlKeys:
         return ApiKey(**row)
 
     def change(self, key: ApiKey) -> None:
-        """Write all but its id anew. Raises UnknownName, and NameTaken if another one has its digest."""
+        """Write all but its id anew; a revocation stays. Raises UnknownName, and NameTaken if another one has its digest."""
         taken = "there is the same key under another id"
         with self._database.writing(lock=CHANGES_LOCK, taken=taken) as connection:
-            before = connection.execute(sa.select(table.c.digest).where(table.c.id == key.id)).scalar()
-            if before is None:
+            known = connection.execute(sa.select(table.c.digest, table.c.revoked_at_ms).where(table.c.id == key.id)).first()
+            if known is None:
                 raise _unknown(key.id)
+            before, revoked_at_ms = known
+            if revoked_at_ms is not None:  # somebody may have read the key before that, and change another limit now
+                key = msgspec.structs.replace(key, revoked_at_ms=revoked_at_ms)
             must_know(connection, key.org_id)
             connection.execute(sa.update(table).where(table.c.id == key.id).values(_row(key)))
             note_changes(connection, dict.fromkeys((before, key.digest)))

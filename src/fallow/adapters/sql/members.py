@@ -70,6 +70,12 @@ class SqlMembers:
             rows = connection.execute(query if role is None else query.where(table.role == role))
             return [Member(**row) for row in rows.mappings()]
 
+    def banned(self) -> list[Member]:
+        """Those who are put out."""
+        query = sa.select(member_table).where(member_table.c.banned_at_ms.is_not(None)).order_by(member_table.c.public_key)
+        with self._database.reading() as connection:
+            return [Member(**row) for row in connection.execute(query).mappings()]
+
     def ban(self, public_key: str, *, at_ms: int | None, why: str = "") -> None:
         """Put a member out, or let it back in with `at_ms` None; raises UnknownName."""
         kept = "" if at_ms is None else shortened(why)

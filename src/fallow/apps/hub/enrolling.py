@@ -264,7 +264,7 @@ async def watch_bans(registry: Registry, on_bans: OnBans) -> None:
     troubled = False
     while True:
         try:
-            members = await asyncio.to_thread(registry.members.all)
+            members = await asyncio.to_thread(registry.members.banned)
             bans = {member.public_key: member.banned_at_ms for member in members if member.banned_at_ms is not None}
             if bans != told:
                 await on_bans(bans)

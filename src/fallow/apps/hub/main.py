@@ -19,7 +19,7 @@ from fallow.adapters.price_record import PriceRecord
 from fallow.adapters.sql.registry import open_registry
 from fallow.apps.card_check import vouched_by
 from fallow.apps.hub.card_desk import CardDesk
-from fallow.apps.hub.enrolling import EnrolDesk, watch_bans
+from fallow.apps.hub.enrolling import LIFE_S, EnrolDesk, watch_bans
 from fallow.apps.hub.founding import found, invite_home, policy_of
 from fallow.apps.hub.keeping import BrokerKeeper, Listening
 from fallow.apps.hub.key_desk import KeyDesk
@@ -57,7 +57,9 @@ class Reached(msgspec.Struct, frozen=True, kw_only=True):
 class Hub:
     """All desks of a hub, on its two connections to the broker."""
 
-    def __init__(self, settings: Settings, operator: Operator, registry: Registry, reached: Reached, clock: Clock) -> None:
+    def __init__(
+        self, settings: Settings, operator: Operator, registry: Registry, reached: Reached, clock: Clock, *, life_s: int = LIFE_S
+    ) -> None:
         reach = Reach(ca_pem=reached.ca_pem)
         self.bus = NatsBus(reached.here, operator.hub_user(), "hub", reach=reach)
         self._system = NatsBus(reached.here, operator.system_user(), "hub system", reach=reach)
@@ -65,6 +67,7 @@ class Hub:
         self._settings = settings
         self._registry = registry
         self._clock = clock
+        self._life_s = life_s
         self.keeper: BrokerKeeper | None = None
 
     async def run(self, until: asyncio.Event, tell: "asyncio.Future[None]") -> None:
@@ -81,6 +84,7 @@ class Hub:
             open_to=open_to,
             vouch=self._operator.vouch,
             authority=self._operator.authority,
+            life_s=self._life_s,
         )
         cards = CardDesk(self._registry.cards, self._clock)
         keys = KeyDesk(self.bus, self._registry, self._clock)
@@ -113,8 +117,8 @@ class Hub:
         await self.bus.close()
 
 
-async def run_hub(settings: Settings, until: asyncio.Event, ready: int | None) -> None:
-    """Be the meeting point until told to stop; raises StartFailed, StoreFailed or BadSetting."""
+async def run_hub(settings: Settings, until: asyncio.Event, ready: int | None, *, life_s: int = LIFE_S) -> None:
+    """Be the meeting point until told to stop; credentials live `life_s`. Raises StartFailed, StoreFailed or BadSetting."""
     policy_of(settings.key)
     clock = SystemClock()
     with only_one(settings.data, "hub"), contextlib.ExitStack() as held:
@@ -125,7 +129,7 @@ async def run_hub(settings: Settings, until: asyncio.Event, ready: int | None) -
         async with asyncio.TaskGroup() as group:
             keeper, reached = await _broker(settings, operator, registry)
             keeping = None if keeper is None else group.create_task(keeper.keep(), name="broker")
-            hub = Hub(settings, operator, registry, reached, clock)
+            hub = Hub(settings, operator, registry, reached, clock, life_s=life_s)
             hub.keeper = keeper
             try:
                 invite = functools.partial(invite_home, addresses=reached.addresses, ca_pem=reached.ca_pem, now_ms=clock.wall_ms())
@@ -155,7 +159,7 @@ async def _broker(settings: Settings, operator: Operator, registry: Registry) ->
     host, _, port = settings.hub.listen.rpartition(":")
     plain_host = host.strip("[]")
     tls, authority = (None, "") if plain_host in LOOPBACK or plain_host.startswith("127.") else _certificate(settings, plain_host)
-    members = await asyncio.to_thread(registry.members.all)
+    members = await asyncio.to_thread(registry.members.banned)
     revoked = {one.public_key: one.banned_at_ms // 1000 for one in members if one.banned_at_ms is not None}
     listening = Listening(host=host, port=int(port), websocket_port=settings.hub.websocket_port, tls=tls)
     keeper = BrokerKeeper(settings.data / "broker", listening, operator, revoked)
