@@ -30,7 +30,10 @@ RENEW_S = 5.0
 RENEW_AT = 2 / 3
 """A credential is renewed after this part of its life, so that a hub that is away for hours costs nobody anything."""
 RENEW_AGAIN_S = 60.0
+"""The longest wait between two tries; each doubles the one before."""
 RENEW_EVERY_S_MIN = 1.0
+RENEW_LOOK_S = 60.0
+"""How often it is looked whether a renewal is due: while a machine sleeps, its timers do too, and its credential runs out."""
 FRESH_S_MIN = 300.0
 """A credential that ends sooner is replaced before it is used."""
 
@@ -97,7 +100,7 @@ async def join(data: Path, role: MemberRole, invited: Invitation | None, hub: st
         raise StartFailed(
             "this machine has no identity on a network yet: join one with --join TOKEN, which its hub's `fallow hub invite` gives"
         )
-    enrolled = await _admitted(role, door, key, hub, proxy, clock)
+    enrolled, door = await _let_in(role, door, key, hub, proxy, clock)
     kept = Kept(
         credential=enrolled.credential,
         org_id=enrolled.org_id,
@@ -120,7 +123,7 @@ def _joined(kept: Kept, door: Invitation, key: KeyPair, hub: str, proxy: str, fi
         membership=kept.membership,
         member_until_s=kept.member_until_s,
         authority=kept.authority,
-        address=hub or door.addresses[0],
+        address=_reachable(door, hub, proxy)[0],
         reach=Reach(ca_pem=door.ca_pem, proxy=proxy),
         file=file,
     )
@@ -142,10 +145,36 @@ def _lives_s(credential: str, clock: Clock) -> float:
     return float("inf") if until_s is None else until_s - clock.wall_ms() / 1000
 
 
-async def _admitted(role: MemberRole, door: Invitation, key: KeyPair, hub: str, proxy: str, clock: Clock) -> m.Enrolled:
+def _reachable(door: Invitation, hub: str, proxy: str) -> tuple[str, ...]:
+    """The addresses to try, in order; through a proxy only WebSocket over TLS goes. Raises StartFailed if there are none."""
+    if hub:
+        return (hub,)
+    found = tuple(one for one in door.addresses if not proxy or one.startswith("wss://"))
+    if not found:
+        raise StartFailed("the hub has no wss:// address, and nothing else goes through network.proxy; its hub.websocket_port gives it one")
+    return found
+
+
+async def _let_in(role: MemberRole, door: Invitation, key: KeyPair, hub: str, proxy: str, clock: Clock) -> tuple[m.Enrolled, Invitation]:
+    """Joined at the first address that answers, which is the first from now on."""
+    addresses = _reachable(door, hub, proxy)
+    for address in addresses:
+        try:
+            enrolled = await _admitted(role, door, key, address, proxy, clock)
+        except StartFailed as error:
+            if address == addresses[-1]:
+                raise
+            log.info("%s; the next address is tried", error.message)
+        else:
+            others = tuple(one for one in door.addresses if one != address)
+            return enrolled, door if hub else msgspec.structs.replace(door, addresses=(address, *others))
+    raise AssertionError("the last address has returned or raised")
+
+
+async def _admitted(role: MemberRole, door: Invitation, key: KeyPair, address: str, proxy: str, clock: Clock) -> m.Enrolled:
     """As `_enrol`, and again after a while where the hub is only busy, as when many machines behind one address join at once."""
     for tries in range(ENROL_TRIES_MAX):
-        enrolled = await _enrol(role, door, key, hub, proxy, clock)
+        enrolled = await _enrol(role, door, key, address, proxy, clock)
         failure = enrolled.failure
         if failure is None:
             return enrolled
@@ -157,12 +186,12 @@ async def _admitted(role: MemberRole, door: Invitation, key: KeyPair, hub: str, 
     raise NotAdmitted(f"the hub did not let us in: {failure.message}")
 
 
-async def _enrol(role: MemberRole, door: Invitation, key: KeyPair, hub: str, proxy: str, clock: Clock) -> m.Enrolled:
+async def _enrol(role: MemberRole, door: Invitation, key: KeyPair, address: str, proxy: str, clock: Clock) -> m.Enrolled:
     """Ask the hub to be let in; raises StartFailed if it doesn't answer."""
     asked = m.Enrol(role=role, public_key=key.public, invite=door.word, at_s=clock.wall_ms() // 1000)
     asked = msgspec.structs.replace(asked, proof=key.sign(sign.enrol_bytes(asked)))
     guest = Credentials(door.door_jwt, key_from_seed(door.door_seed))
-    bus = NatsBus(hub or door.addresses[0], guest, f"guest {role}", reach=Reach(ca_pem=door.ca_pem, proxy=proxy))
+    bus = NatsBus(address, guest, f"guest {role}", reach=Reach(ca_pem=door.ca_pem, proxy=proxy))
     await bus.connect()
     try:
         answer = await bus.request(subjects.ENROL.pattern, codec.encode(asked), within_s=ENROL_S)
@@ -186,6 +215,7 @@ class Renewal:
         self._bus = bus
         self._clock = clock
         self._credential = joined.credentials.jwt
+        self._warned = ""
 
     async def run(self) -> None:
         """Until cancelled."""
@@ -193,27 +223,51 @@ class Renewal:
             lives_s = _lives_s(self._credential, self._clock)
             if lives_s == float("inf"):
                 return
-            await asyncio.sleep(max(RENEW_EVERY_S_MIN, RENEW_AT * lives_s))
+            await asyncio.sleep(RENEW_EVERY_S_MIN)
+            await self._until_due(lives_s)
+            wait_s = RENEW_EVERY_S_MIN
             while not await self.renew():
-                await asyncio.sleep(min(RENEW_AGAIN_S, max(RENEW_EVERY_S_MIN, _lives_s(self._credential, self._clock) / 10)))
+                await asyncio.sleep(wait_s * random.uniform(1.0, 1.5))  # noqa: S311  (nothing secret)
+                wait_s = min(RENEW_AGAIN_S, wait_s * 2)
+
+    async def _until_due(self, lives_s: float) -> None:
+        """Until most of the credential's life is over, by the machine's uptime or by the time of day, whichever is first."""
+        due_ms = self._clock.now_ms() + (RENEW_AT * lives_s - RENEW_EVERY_S_MIN) * 1000
+        rest_s = (1 - RENEW_AT) * lives_s
+        while (left_s := min((due_ms - self._clock.now_ms()) / 1000, _lives_s(self._credential, self._clock) - rest_s)) > 0:
+            await asyncio.sleep(min(RENEW_LOOK_S, left_s))
 
     async def renew(self) -> bool:
         """Ask for the next credential and use it; False if that didn't work, which is tried again."""
         key = self._joined.credentials.key
         try:
-            answer = await self._bus.request(subjects.renewal(self._role, key.public), codec.encode(m.Renew()), within_s=RENEW_S)
-            enrolled = codec.enrolled.read(answer)
+            enrolled = await self._asked() if self._bus.is_up() else await self._asked_at_the_door()
             if enrolled.failure is not None:
-                log.warning("the hub doesn't renew our credential: %s", enrolled.failure.message)
+                if enrolled.failure.message != self._warned:
+                    log.warning("the hub doesn't renew our credential: %s", enrolled.failure.message)
+                self._warned = enrolled.failure.message
                 return False
             await self._bus.renew(Credentials(enrolled.credential, key))
         except (BrokerLost, WireError, StartFailed) as error:
             log.info("our credential is not renewed yet: %s", error.message)
             return False
-        self._credential = enrolled.credential
+        self._credential, self._warned = enrolled.credential, ""
         self._keep(enrolled)
         self._renewed(enrolled)
         return True
+
+    async def _asked(self) -> m.Enrolled:
+        """Raises BrokerLost, WireError."""
+        subject = subjects.renewal(self._role, self._joined.credentials.key.public)
+        return codec.enrolled.read(await self._bus.request(subject, codec.encode(m.Renew()), within_s=RENEW_S))
+
+    async def _asked_at_the_door(self) -> m.Enrolled:
+        """For who was away for so long that the broker takes the credential no more. Raises StartFailed."""
+        kept, joined = _read(self._joined.file), self._joined
+        if kept is None:
+            raise StartFailed(f"the broker can't be reached, and {joined.file}, which says how to join again, is gone")
+        door = Invitation(addresses=kept.addresses, ca_pem=joined.reach.ca_pem, door_jwt=kept.door_jwt, door_seed=kept.door_seed)
+        return await _enrol(self._role, door, joined.credentials.key, joined.address, joined.reach.proxy, self._clock)
 
     def _keep(self, enrolled: m.Enrolled) -> None:
         kept = _read(self._joined.file)
