@@ -132,6 +132,8 @@ class Pen:
         card = Card(
             node_id=NodeId(name),
             org_id=joined.org_id,
+            membership=joined.membership,
+            member_until_s=joined.member_until_s,
             sequence=now,
             expires_at_ms=now + CARD_LIFE_MS,
             hardware=found.hardware,

@@ -73,7 +73,7 @@ def test_status_and_nodes(service: Service) -> None:
     assert [node["node_id"] for node in listed] == [node["node_id"] for node in status["nodes"]]
     shown = fallow("status", "--data", data)
     assert service.base_url in shown.stdout
-    assert status["nodes"][0]["node_id"] in shown.stdout
+    assert status["nodes"][0]["node_id"][:12] in shown.stdout
 
 
 def test_chat_streams_and_reads_standard_input(service: Service) -> None:

@@ -12,7 +12,7 @@ import httpx2
 import msgspec
 import openai
 import pytest
-from running import FALLOW, Apart, Running, Service, start_up, until, wait_ready
+from running import FALLOW, Apart, Running, Service, node_id_of, start_up, until, wait_ready
 from running import MODEL as REAL_MODEL
 
 ROOT = Path(__file__).parents[2]
@@ -232,7 +232,7 @@ def test_every_part_is_restarted_and_no_call_is_lost(site: Site) -> None:
 
 def restart_busy_node(site: Site) -> str:
     """A long answer that a node is at comes to its end there; returns which node that was."""
-    nodes = {(site.parts[name].data / "node_id").read_text().strip(): name for name in ("node1", "node2")}
+    nodes = {node_id_of(site.parts[name].data): name for name in ("node1", "node2")}
     long = Long(site.services[0]).begun()
     name = nodes[long.headers["fallow-node"]]
     restart(site, name)
