@@ -4,6 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
+# Tests that don't mind others beside them. The rest of the acceptance tests watch what the machine does, and have it to themselves.
+SIDE_BY_SIDE := -n auto --maxprocesses 4 --dist loadfile
+API_TESTS := $(wildcard tests/acceptance/test_api_*.py) tests/acceptance/test_fuzz.py tests/acceptance/test_examples.py
+
 .PHONY: setup demo lint test fuzz bench bench-peers lock clean
 
 setup: $(STAMP)
@@ -26,8 +30,9 @@ lint: setup
 
 test: setup
 	@$(BIN)/fallow models pull smollm2-135m-instruct all-minilm-l6-v2
-	$(BIN)/pytest tests --ignore=tests/acceptance -n auto --maxprocesses 4 --dist loadfile
-	$(BIN)/pytest tests/acceptance
+	$(BIN)/pytest tests --ignore=tests/acceptance $(SIDE_BY_SIDE)
+	$(BIN)/pytest $(API_TESTS) $(SIDE_BY_SIDE)
+	$(BIN)/pytest tests/acceptance $(addprefix --ignore=,$(API_TESTS))
 
 # 5,000 generated bodies per endpoint against a real model; half an hour or more.
 fuzz: setup

@@ -22,8 +22,8 @@ CARD = b"fallow/card/v1\0"
 MEMBER = b"fallow/member/v1\0"
 ENROL = b"fallow/enrol/v1\0"
 AGREEMENT = b"fallow/agreement/v1\0"
-CLOCKS_S = 900
-"""Clocks differ: a membership counts so long after its end."""
+CLOCKS_S = 1_500
+"""A membership counts so long after its end: two clocks of which each is ten minutes wrong are up to twenty apart."""
 NODE_KIND = "U"
 """The first letter of a node's key. An organisation's or an operator's key signs no cards."""
 
