@@ -45,6 +45,10 @@ WORDS = ["river", "bread", "winter", "harbour", "clock", "garden", "letter", "br
 console = Console()
 
 
+SHORT_ID = 12
+"""A node's name is its public key; tables show how it begins."""
+
+
 class Row(NamedTuple):
     """What one job did."""
 
@@ -171,13 +175,17 @@ def burst(client: openai.OpenAI) -> list[Row]:
     tokens = sum(one.tokens for one in rows)
     nodes = {one.node for one in rows}
     added = sorted(one.added_ms for one in rows)[len(rows) // 2]
-    return [Row(f"{BURST} calls at once", ", ".join(sorted(nodes)), rows[0].hardware, None, whole_s, tokens, added)]
+    return [
+        Row(f"{BURST} calls at once", ", ".join(sorted(node[:SHORT_ID] for node in nodes)), rows[0].hardware, None, whole_s, tokens, added)
+    ]
 
 
 def row(job: str, headers: Mapping[str, str], first_s: float | None, whole_s: float, usage: CompletionUsage | None) -> Row:
     """A row from an answer's headers and usage."""
     tokens = usage.completion_tokens if usage else 0
-    return Row(job, headers["fallow-node"], headers["fallow-hardware"], first_s, whole_s, tokens, float(headers["fallow-overhead-ms"]))
+    return Row(
+        job, headers["fallow-node"][:SHORT_ID], headers["fallow-hardware"], first_s, whole_s, tokens, float(headers["fallow-overhead-ms"])
+    )
 
 
 def show(rows: list[Row]) -> None:

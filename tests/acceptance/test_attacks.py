@@ -225,7 +225,7 @@ async def test_somebody_elses_words_let_nobody_else_in(arena: Arena) -> None:
         with pytest.raises(Exception, match=r"(?i)authorization"):
             await Tap.open(arena.hub_address, jwt, mine)
     for change in ({"public_key": mine.public}, {"role": "gateway"}, {"at_s": 0}):
-        widened = msgspec.structs.replace(asked, **change)  # type: ignore[arg-type]
+        widened = msgspec.structs.replace(asked, **change)
         answer = codec.enrolled.read(await guest.request(subjects.ENROL.pattern, codec.encode(widened), within_s=5))
         assert answer.failure is not None
         assert "signature doesn't fit" in answer.failure.message

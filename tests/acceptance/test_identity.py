@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import openai
 import pytest
 from running import FALLOW, Apart, Running, Service, fallow, node_id_of, until
 from test_rolling import END_S, MODEL, ROOT, Long, free_port, say
@@ -21,15 +22,15 @@ from fallow.apps.joining import Joined, join, read_invitation
 from fallow.apps.node.attached import attach
 from fallow.apps.node.node import Node
 from fallow.apps.settings import load
-from fallow.core.cards import CARD_LIFE_MS
+from fallow.core.cards import CARD_LIFE_MS, REASONS
 from fallow.model.card import Card
 from fallow.model.ids import NodeId, OrgId
 from fallow.wire.jwt import expiry_of
 
 IN_FORCE_S = 2.0
 """What is promised of a change of keys and agreements, at every gateway."""
-OUT_S = 1.0
-"""The same of a ban."""
+OUT_S = 2.0
+"""A ban takes a second; the rest is for polling on a busy machine."""
 GONE_S = 10.0
 """A gateway forgets a node that it hears no more."""
 SHORT = {"chunks": "2", "interval_ms": "0"}
@@ -47,6 +48,78 @@ def told(*arguments: str) -> str:
     return done.stdout.strip()
 
 
+# a hub with its own broker, and credentials that are short-lived
+class Fleeting(Apart):
+    """A hub whose credentials live some seconds, a gateway, and a node."""
+
+    hub_flags: tuple[str, ...] = ("--credential-life", str(LIFE_S))
+
+    def begin(self) -> Service:
+        data = self.folder / "hub"
+        data.mkdir()
+        self.hub_address = f"nats://127.0.0.1:{free_port()}"
+        self.start_hub()
+        invited = ("--join-file", str(data / "invitation"))
+        self.parts["gateway"] = Running(self.folder / "gateway", "gateway", "--port", "0", "--verbose", *invited)
+        engine = subprocess.Popen([sys.executable, "-m", "bench.stub_engine"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        self.stub = engine
+        assert engine.stdout is not None
+        self.lend("node", "--engine", engine.stdout.readline().decode().split()[1] + "/v1", "--slots", "4", "--verbose")
+        address = self.folder / "gateway" / "gateway.json"
+        until(address.exists, what="the gateway")
+        base_url = msgspec.json.decode(address.read_bytes(), type=dict[str, str])["base_url"]
+        service = Service(base_url, (data / "key").read_text().strip(), self.parts)
+        until(lambda: "ready" in service.readiness().values(), what="the node")
+        return service
+
+    def start_hub(self) -> None:
+        self.parts["hub"] = Running(self.folder / "hub", "hub", "--listen", self.hub_address.removeprefix("nats://"), *self.hub_flags)
+        until(lambda: "The hub is up" in self.parts["hub"].said() or self.parts["hub"].process.poll() is not None, what="the hub")
+        assert self.parts["hub"].process.poll() is None, self.parts["hub"].said()
+
+    def expires_at_s(self, role: str) -> int:
+        """When the credential ends that a part keeps."""
+        kept = msgspec.json.decode((self.folder / role / "identity" / f"{role}.json").read_bytes())
+        found = expiry_of(kept["credential"])
+        assert found is not None
+        return found
+
+    def stop(self) -> None:
+        super().stop()
+        self.stub.kill()
+        self.stub.communicate()
+
+
+class Streamed(threading.Thread):
+    """A long answer that comes while the other tests run, and when the credentials ended with which it began."""
+
+    def __init__(self, parts: Fleeting, service: Service) -> None:
+        super().__init__(daemon=True)
+        self.parts, self.service = parts, service
+        self.expired_s = {role: parts.expires_at_s(role) for role in ("node", "gateway")}
+        self.failed = "it didn't end"
+        self.start()
+
+    def run(self) -> None:
+        try:
+            with self.service.client() as client:
+                say(client, STREAM)
+        except (openai.OpenAIError, AssertionError) as error:
+            self.failed = f"{type(error).__name__}: {error}"
+        else:
+            self.failed = ""
+
+
+@pytest.fixture(scope="module")
+def streamed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Streamed]:
+    parts = Fleeting(tmp_path_factory.mktemp("fleeting"))
+    try:
+        yield Streamed(parts, parts.begin())
+    finally:
+        parts.stop()
+
+
+# a hub with a broker that stays
 class Site(Rolling):
     """A broker that stays, a hub, two gateways, two nodes of `home`; and what commands at the hub do."""
 
@@ -83,7 +156,7 @@ class Site(Rolling):
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+def site(streamed: Streamed, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     running = Site(tmp_path_factory.mktemp("identity"))
     try:
         running.start()
@@ -264,9 +337,7 @@ def test_a_ban_puts_a_node_out_at_once_and_its_stream_goes_on_elsewhere(site: Si
     name = next(name for name in ("node1", "node2") if node_id_of(site.folder / name) == banned)
     heard = f"{banned} was banned"
     site.at_hub("hub", "ban", banned, "--why", heard)
-    began = time.monotonic()
     until(lambda: not is_connected(site, banned), within_s=OUT_S, what="the end of its connection")
-    assert time.monotonic() - began <= OUT_S
     assert long.is_whole(), long.failed
     attempts = site.services[0].get(f"/v1/calls/{long.headers['fallow-call']}").json()["attempts"]
     assert [attempt["node"] == banned for attempt in attempts] == [True, False]
@@ -296,7 +367,7 @@ def is_connected(site: Site, node_id: str) -> bool:
     name = next(name for name in ("node1", "node2") if node_id_of(site.folder / name) == node_id)
     port = int(site.hub_address.rpartition(":")[2])
     connections = site.parts[name].family()[0].net_connections("tcp")
-    return any(one.status == "ESTABLISHED" and one.raddr and one.raddr.port == port for one in connections)
+    return any(one.status == "ESTABLISHED" and bool(one.raddr) and one.raddr.port == port for one in connections)
 
 
 def comes_back(site: Site, name: str) -> bool:
@@ -325,6 +396,7 @@ def test_keys_are_in_force_at_every_gateway_and_outlive_the_hub(site: Site) -> N
     everywhere(kept, lambda one: code_of(one) == "ok", what="another key")
     site.at_hub("keys", "revoke", rotated["id"])
     everywhere(after, lambda one: code_of(one) == "invalid_api_key", what="the revocation")
+    everywhere(kept, lambda one: code_of(one) == "ok", what="the other key, of which there was news as well")
 
     site.parts["hub"].stop()
     unseen = site.key()[1]
@@ -341,71 +413,18 @@ def test_keys_are_in_force_at_every_gateway_and_outlive_the_hub(site: Site) -> N
     everywhere(site.with_key(unseen), lambda one: code_of(one) == "ok", what="a key that was made meanwhile", within_s=END_S)
 
 
-# a hub with its own broker, and credentials that are short-lived
-class Fleeting(Apart):
-    """A hub whose credentials live some seconds, a gateway, and a node."""
-
-    hub_flags: tuple[str, ...] = ("--credential-life", str(LIFE_S))
-
-    def begin(self) -> Service:
-        data = self.folder / "hub"
-        data.mkdir()
-        self.hub_address = f"nats://127.0.0.1:{free_port()}"
-        self.start_hub()
-        invited = ("--join-file", str(data / "invitation"))
-        self.parts["gateway"] = Running(self.folder / "gateway", "gateway", "--port", "0", "--verbose", *invited)
-        engine = subprocess.Popen([sys.executable, "-m", "bench.stub_engine"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-        self.stub = engine
-        assert engine.stdout is not None
-        self.lend("node", "--engine", engine.stdout.readline().decode().split()[1] + "/v1", "--slots", "4", "--verbose")
-        address = self.folder / "gateway" / "gateway.json"
-        until(address.exists, what="the gateway")
-        base_url = msgspec.json.decode(address.read_bytes(), type=dict[str, str])["base_url"]
-        service = Service(base_url, (data / "key").read_text().strip(), self.parts)
-        until(lambda: "ready" in service.readiness().values(), what="the node")
-        return service
-
-    def start_hub(self) -> None:
-        self.parts["hub"] = Running(self.folder / "hub", "hub", "--listen", self.hub_address.removeprefix("nats://"), *self.hub_flags)
-        until(lambda: "The hub is up" in self.parts["hub"].said() or self.parts["hub"].process.poll() is not None, what="the hub")
-        assert self.parts["hub"].process.poll() is None, self.parts["hub"].said()
-
-    def expires_at_s(self, role: str) -> int:
-        """When the credential ends that a part keeps."""
-        kept = msgspec.json.decode((self.folder / role / "identity" / f"{role}.json").read_bytes())
-        found = expiry_of(kept["credential"])
-        assert found is not None
-        return found
-
-    def stop(self) -> None:
-        super().stop()
-        self.stub.kill()
-        self.stub.communicate()
+# credentials that are short-lived
+def test_a_stream_outlives_the_credentials_of_both_its_ends(streamed: Streamed) -> None:
+    streamed.join(END_S)
+    assert not streamed.failed
+    for role, expired_s in streamed.expired_s.items():
+        assert streamed.parts.expires_at_s(role) > expired_s + LIFE_S
+    assert "fallow_attempts_failed_total{" not in streamed.service.get("/metrics").text, "it did not even have to move"
+    assert all(refused_cards(streamed.service, reason) == 0 for reason in REASONS)
 
 
-@pytest.fixture(scope="module")
-def fleeting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Fleeting, Service]]:
-    parts = Fleeting(tmp_path_factory.mktemp("fleeting"))
-    try:
-        yield parts, parts.begin()
-    finally:
-        parts.stop()
-
-
-def test_a_stream_outlives_the_credentials_of_both_its_ends(fleeting: tuple[Fleeting, Service]) -> None:
-    parts, service = fleeting
-    before = {role: parts.expires_at_s(role) for role in ("node", "gateway")}
-    with service.client() as client:
-        say(client, STREAM)
-    for role, expired_s in before.items():
-        assert parts.expires_at_s(role) > expired_s + LIFE_S / 2
-    call = service.get("/metrics").text
-    assert "fallow_attempts_failed_total{" not in call, "it did not even have to move"
-    assert all(refused_cards(service, reason) == 0 for reason in ("replayed", "organisation", "expired"))
-
-
-def test_all_come_back_to_a_hub_that_was_away_for_longer_than_a_credential_lives(fleeting: tuple[Fleeting, Service]) -> None:
-    parts, service = fleeting
+def test_all_come_back_to_a_hub_that_was_away_for_longer_than_a_credential_lives(streamed: Streamed) -> None:
+    parts, service = streamed.parts, streamed.service
     parts.parts["hub"].stop()
     assert code_of(service) != "ok"
     until(lambda: time.time() > max(parts.expires_at_s("node"), parts.expires_at_s("gateway")), what="the end of their credentials")
