@@ -117,7 +117,7 @@ async def start_broker(
     It lets in whom `trust` does, else who knows the secret. A WebSocket listener is there if its port is given (0: any free one).
     Without `tls` it listens on this machine only, unless `plain_ok`: what is said would be open to everyone between.
     """
-    if trust is not None and tls is None and not plain_ok and not _is_loopback(host):
+    if tls is None and not plain_ok and not _is_loopback(host):
         raise StartFailed(
             f"the broker doesn't listen on {host} without TLS, where others could read along; "
             "give it a certificate and its key, or have them made (`fallow hub init`), or listen on 127.0.0.1"
