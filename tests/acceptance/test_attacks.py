@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import socket
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
@@ -18,6 +19,7 @@ from test_identity import Fleeting, code_of, readiness
 from test_rolling import Long
 from trusted import Tap
 
+from fallow.adapters.broker import LOG_BYTES_MAX, LOG_FILES_MAX
 from fallow.adapters.nats_bus import NatsBus
 from fallow.adapters.nkey import Credentials, KeyPair, kept_key, key_from_seed, make_key
 from fallow.adapters.operator import Operator
@@ -39,6 +41,10 @@ HERD = 100
 TIMES = 8
 """How often each oversize message is tried."""
 FLOOD = 5_000
+PIECES_MAX = 300
+"""More than the answer has that the tests ask for."""
+SHOUTS = 400_000
+"""Some eighty megabytes of the broker's log, were it not limited."""
 GUESSES = 12
 """More than one address may get wrong within a minute."""
 
@@ -156,6 +162,12 @@ class Raw:
             line += piece
         return line
 
+    def read_on(self) -> None:
+        """Until the broker closes."""
+        with contextlib.suppress(OSError):
+            while self.socket.recv(2**20):
+                pass
+
     def ends_with(self, sent: bytes) -> bytes:
         """What the broker says to this before it closes."""
         with contextlib.suppress(OSError):  # it may close before it has all
@@ -268,10 +280,13 @@ async def test_a_node_forges_no_answers_of_another(arena: Arena, taps: Taps) -> 
         await asyncio.to_thread(until, lambda: spy.heard, what="the request")
         # The attempt's id is 128 random bits. Even who knew it gets nowhere.
         attempt = codec.request.read(spy.heard[-1].data).attempt_id
-        mine = [(f"rsp.{gateway}.{login.key.public}.{attempt}", data) for _, data in forged(attempt, gateway, victim)]
-        for subject, data in [*forged(attempt, gateway, victim), *mine]:
+        for subject, data in forged(attempt, gateway, victim):
             await attacker.client.publish(subject, data)
-        await attacker.client.publish(mine[0][0], b"", headers={"Status": "503"})
+        mine = f"rsp.{gateway}.{login.key.public}.{attempt}"
+        for index in range(PIECES_MAX):  # one of them is the next
+            await attacker.client.publish(mine, codec.encode(m.Part(index=index, data=b"data: forged\n\n")))
+            await attacker.client.publish(mine, codec.encode(m.Final(index=index, data=b"data: forged\n\n")))
+        await attacker.client.publish(mine, b"", headers={"Status": "503"})
         for subject in (f"n.{victim}.ctl", f"n.{victim}.body.{attempt}", f"n.{victim}.hub", f"n.{victim}.req"):
             await attacker.client.publish(subject, codec.encode(m.Cancel(attempt_id=attempt)))
         await attacker.flush()
@@ -322,6 +337,29 @@ async def test_a_node_that_hoards_is_put_off_the_line(arena: Arena, taps: Taps) 
     assert greedy.client.is_closed
     assert "maximum subscriptions exceeded" in arena.broker_log().lower()
     await speaker.close()
+
+
+def shout(arena: Arena) -> None:
+    """Say what isn't allowed, much and fast, and listen to the complaints so that the broker keeps us."""
+    raw = Raw(arena, arena.login("node"))
+    said = f"PUB {subjects.CHANGED.pattern} 1\r\nx\r\n".encode() * 1_000
+    reader = threading.Thread(target=raw.read_on, daemon=True)
+    reader.start()
+    with contextlib.suppress(OSError):
+        for _ in range(SHOUTS // 1_000):
+            raw.socket.sendall(said)
+    raw.socket.shutdown(socket.SHUT_WR)
+    reader.join(END_S)
+    raw.socket.close()
+
+
+async def test_who_says_much_that_is_refused_does_not_fill_the_disk(arena: Arena) -> None:
+    """Each refusal is a line of two hundred bytes in the broker's log."""
+    async with nobody_else_notices(arena):
+        await asyncio.to_thread(shout, arena)
+    logs = list((arena.folder / "hub" / "broker").glob("broker.log*"))
+    assert len(logs) > 1, "it was more than one file takes"
+    assert sum(one.stat().st_size for one in logs) <= (LOG_FILES_MAX + 1) * (LOG_BYTES_MAX + 2**20)
 
 
 # row 29: all at once

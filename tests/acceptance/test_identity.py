@@ -306,7 +306,7 @@ def test_tokens_that_are_no_good_are_told_in_a_line(site: Site) -> None:
 
     def has_expired() -> bool:
         listed = msgspec.json.decode(site.at_hub("hub", "invites", "--all", "--json"))
-        return next(one["state"] for one in listed if one["id"] == expired["id"]) == "expired"
+        return any((one["id"], one["state"]) == (expired["id"], "expired") for one in listed)
 
     until(has_expired, what="the end of the invitation")
     good = ended["token"]

@@ -24,6 +24,10 @@ VERSION_MIN = (2, 15, 1)
 VERSION_S = 5
 START_S = 8.0
 POLL_S = 0.02
+LOG_BYTES_MAX = 16 * 2**20
+"""Of one log file; then the next begins. Each refusal is a line, and who is let in can cause a hundred thousand a second."""
+LOG_FILES_MAX = 2
+"""Log files beside the one that is written; the oldest are deleted."""
 _VERSION = re.compile(r"v(\d+)\.(\d+)\.(\d+)")
 
 CONFIG = """\
@@ -32,6 +36,9 @@ listen: "{listen}"
 {login}
 {more}
 ports_file_dir: "{folder}"
+log_file: "{folder}/broker.log"
+logfile_size_limit: {log_bytes_max}
+logfile_max_num: {log_files_max}
 max_payload: 256KB
 max_control_line: 4KB
 max_pending: 8MB
@@ -129,7 +136,15 @@ async def start_broker(
     config = folder / "broker.conf"
     login = SHARED.format(secret=_quoted(secret)) if trust is None else await asyncio.to_thread(_trusting, folder, trust)
     more = _encryption(tls, host, websocket_port)
-    write_private(config, CONFIG.format(listen=_joined(host, port), login=login, more=more, folder=_quoted(str(folder))))
+    text = CONFIG.format(
+        listen=_joined(host, port),
+        login=login,
+        more=more,
+        folder=_quoted(str(folder)),
+        log_bytes_max=LOG_BYTES_MAX,
+        log_files_max=LOG_FILES_MAX,
+    )
+    write_private(config, text)
     log = os.open(folder / "broker.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     try:
         process = await children.spawn([str(server), "-c", str(config)], stdout=log, stderr=log)
