@@ -370,7 +370,7 @@ async def test_bans_are_told_as_they_come_and_go_whatever_fails(tmp_path: Path, 
         whole = hub.registry.members
 
         class Broken:
-            def all(self) -> None:
+            def banned(self) -> None:
                 raise StoreFailed("no database")
 
         hub.registry.members = Broken()  # type: ignore[assignment]
