@@ -465,6 +465,8 @@ async def test_what_is_late_repeated_or_from_a_stranger_changes_nothing() -> Non
         await turns()
         assert call.body == b"one two three"
         assert network.gateway.exchange.under_way == 0
+        page = (await network.get("/metrics")).body.decode()
+        assert 'fallow_answers_refused_total{reason="not_asked"} 2.0' in page
 
 
 async def test_a_part_that_got_lost_is_noticed_and_the_node_stopped() -> None:

@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable
 
 import msgspec
 
+from fallow.apps.log_limit import LogLimit
 from fallow.model.errors import FallowError, leaf
 
 try:
@@ -54,6 +55,8 @@ def run(main: Main, *, verbose: bool = False) -> int:
     logging.basicConfig(
         level=logging.INFO if verbose else logging.WARNING, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(LogLimit())
     interrupted: list[int] = []
 
     async def guarded() -> None:

@@ -57,6 +57,10 @@ class Conversation:
         return self._effects.popleft()
 
 
+def nobody_counts(reason: str) -> None:
+    """For who doesn't count."""
+
+
 class Exchange:
     """All attempts of this gateway that are under way."""
 
@@ -65,6 +69,8 @@ class Exchange:
         self._bus = bus
         self._clock = clock
         self._open: dict[str, Conversation] = {}
+        self.refused: Callable[[str], None] = nobody_counts
+        """Told why an answer was not taken."""
         self.on_other: Hear = lambda delivery: None
         """Hears what answers no attempt: echoes, and what comes too late."""
 
@@ -140,7 +146,8 @@ class Exchange:
             self.on_other(delivery)
             return
         if subjects.answering_node(delivery.subject) != conversation.attempt.node_id:
-            return  # not from the node that was asked
+            self.refused("not_asked")
+            return
         if delivery.unheard:
             self._on_unheard(conversation.attempt.node_id)
             return
@@ -148,11 +155,13 @@ class Exchange:
             message = codec.to_gateway.read(delivery.data)
         except WireError as error:
             log.warning("an answer can't be read: %s", error)
+            self.refused("malformed")
             conversation.hear(relay.Broken())
             return
         if isinstance(message, m.Part | m.Final):
             conversation.received_bytes += len(message.data)
             if conversation.received_bytes > conversation.granted_bytes + subjects.PART_BYTES_MAX:
+                self.refused("too_much")
                 conversation.hear(relay.Broken(message="the node sent more than it was granted"))
                 return
         if isinstance(message, m.Credit):

@@ -51,6 +51,7 @@ class Gateway:
         metrics = Metrics()
         self.bus = bus
         self.exchange = Exchange(gateway_id, bus, clock)
+        self.exchange.refused = metrics.answer_refused
         self.roster = Roster(gateway_id, bus, clock, verify=verify, org_of=org_of, refused=metrics.card_refused)
         self.distances = Distances(self.exchange, self.roster, bus, clock, country)
         self.keys = Keys(bus, clock)

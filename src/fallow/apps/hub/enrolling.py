@@ -29,9 +29,6 @@ RENEWALS = JoinLimits(tries_per_minute=60, failures_per_minute=10, tries_per_sec
 BANS_S = 0.5
 """How often the registry is asked for bans."""
 BUSY_MS = 2_000
-LOGGED_MAX = 200
-LOGGED_EVERY_MS = 3_600_000
-"""Lines about refusals in such a time."""
 
 Vouch = Callable[[str, OrgId, int], bytes]
 """Signs that a public key belongs to an organisation until then (UTC seconds)."""
@@ -104,8 +101,6 @@ class EnrolDesk:
         self._members = Turnstile(RENEWALS)
         self._queues = {"guest": _Queue(), "member": _Queue()}
         self._answers = 0
-        self._logged = 0
-        self._logged_since_ms = clock.now_ms()
         self._group: asyncio.TaskGroup | None = None
         self.refused: Counter[str] = Counter()
         self.admitted: Counter[MemberRole] = Counter()
@@ -142,24 +137,13 @@ class EnrolDesk:
                 said = await answer()
             except _Refused as refused:
                 self.refused[refused.reason] += 1
-                self._tell(who, refused.reason)
+                log.warning("%s was refused: %s (%d so far)", who, refused.reason, self.refused[refused.reason])
                 said = _refusal(refused)
             await self._bus.publish(subject, codec.encode(said))
         except BrokerLost:
             log.debug("not answered: the broker is away")
         finally:
             self._answers -= 1
-
-    def _tell(self, who: str, reason: str) -> None:
-        """One line for each refusal, until there are too many of them; then they are counted only."""
-        now = self._clock.now_ms()
-        if now - self._logged_since_ms >= LOGGED_EVERY_MS:
-            self._logged, self._logged_since_ms = 0, now
-        self._logged += 1
-        if self._logged <= LOGGED_MAX:
-            log.warning("%s was refused: %s (%d so far)", who, reason, self.refused[reason])
-        if self._logged == LOGGED_MAX:
-            log.warning("%d were refused within an hour; more of them are counted, not logged", LOGGED_MAX)
 
     async def _enrol(self, delivery: Delivery) -> m.Enrolled:
         wait = self._guests.enter(delivery.host, now_ms=self._clock.now_ms())
