@@ -39,6 +39,7 @@ READERS: dict[str, tuple[Reader[Any], set[type[m.Message]]]] = {
     "key_answer": (codec.key_answer, {m.KeyAnswer}),
     "from_hub": (codec.from_hub, {m.Hold, m.Introduce}),
     "keys_changed": (codec.keys_changed, {m.KeysChanged}),
+    "put_out": (codec.put_out, {m.PutOut}),
     "enrol": (codec.enrol, {m.Enrol}),
     "enrolled": (codec.enrolled, {m.Enrolled}),
     "renew": (codec.renew, {m.Renew}),
@@ -178,6 +179,7 @@ SAMPLES: dict[type[m.Message], m.Message] = {
     m.Enrolled: m.Enrolled(credential="a.b.c", org_id=OrgId("org"), expires_at_s=2),
     m.Renew: m.Renew(),
     m.KeysChanged: m.KeysChanged(sequence=1, key_digests=(b"digest",)),
+    m.PutOut: m.PutOut(node_ids=(NodeId("node"),)),
     m.KeyQuery: m.KeyQuery(key_digest=b"digest"),
     m.KeyAnswer: m.KeyAnswer(grant=Grant(key_id=KeyId("key"), org_id=OrgId("org"))),
 }
@@ -187,11 +189,11 @@ def test_the_bytes_of_a_message_stay_as_they_are() -> None:
     """Nodes and gateways of different ages meet: a tag is never given to something else."""
     assert encode(SAMPLES[m.Cancel]) == b"\x01\x92\x03\xa7attempt"
     assert encode(SAMPLES[m.BodyPart]) == b"\x01\x94\x02\x07\xc4\x04more\xc4\x00"
-    assert [msgspec.msgpack.decode(encode(SAMPLES[kind])[1:])[0] for kind in KINDS] == list(range(1, 24))
+    assert [msgspec.msgpack.decode(encode(SAMPLES[kind])[1:])[0] for kind in KINDS] == list(range(1, 25))
     assert [kind.__name__ for kind in KINDS] == [
         "Request", "BodyPart", "Cancel", "Credit", "Lease", "Introduce", "Accepted", "Part", "Final", "Alive", "Heartbeat", "KeyQuery",
         "KeyAnswer", "Hold", "Demand", "Index", "HistoryQuery", "HistoryAnswer", "Ping",
-        "Enrol", "Enrolled", "Renew", "KeysChanged",
+        "Enrol", "Enrolled", "Renew", "KeysChanged", "PutOut",
     ]  # fmt: skip
 
 

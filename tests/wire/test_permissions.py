@@ -40,10 +40,10 @@ def test_by_hand() -> None:
         ),
         "gateway": (
             {"n.*.req", "n.*.body.*", "n.*.ctl", "hub.key", "hub.demand", "hub.prices", "hub.gateway.{{subject()}}"},
-            {"rsp.{{subject()}}.*.*", "hb.*", "keys", "prices", "_I.{{subject()}}.>"},
+            {"rsp.{{subject()}}.*.*", "hb.*", "keys", "banned", "prices", "_I.{{subject()}}.>"},
         ),
         "hub": (
-            {"keys", "n.*.hub", "prices", "_R_.>"},
+            {"keys", "banned", "n.*.hub", "prices", "_R_.>"},
             {"hb.*", "hub.key", "hub.demand", "hub.prices", "hub.enrol", "hub.node.*", "hub.gateway.*"},
         ),
         "guest": ({"hub.enrol"}, {"_I.{{subject()}}.>"}),

@@ -270,6 +270,15 @@ class KeysChanged(Message, frozen=True, kw_only=True, array_like=True, tag=23):
     all_of_them: bool = False
 
 
+PUT_OUT_MAX = 1_024
+
+
+class PutOut(Message, frozen=True, kw_only=True, array_like=True, tag=24):
+    """Hub to gateways: these nodes were banned, and the broker has ended their connections. What they said no longer counts."""
+
+    node_ids: Annotated[tuple[NodeId, ...], Meta(max_length=PUT_OUT_MAX)]
+
+
 ToNode = Cancel | Credit | Lease | Introduce | Ping
 FromHub = Hold | Introduce
 ToGateway = Accepted | Part | Final | Alive | Credit

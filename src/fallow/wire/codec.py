@@ -56,6 +56,7 @@ key_query = Reader(m.KeyQuery, subjects.KEY)
 key_answer = Reader(m.KeyAnswer, subjects.KEY)
 from_hub: Reader[m.FromHub] = Reader(m.FromHub, subjects.HOLD)  # type: ignore[arg-type]
 keys_changed = Reader(m.KeysChanged, subjects.CHANGED)
+put_out = Reader(m.PutOut, subjects.BANNED)
 enrol = Reader(m.Enrol, subjects.ENROL)
 enrolled = Reader(m.Enrolled, subjects.ENROL)
 renew = Reader(m.Renew, subjects.RENEW_NODE)

@@ -63,6 +63,7 @@ KEY = Subject(
     template="hub.key", sender="gateway", receivers=("hub",), carries=(m.KeyQuery, m.KeyAnswer), payload_bytes_max=16 * 1024, is_asked=True
 )
 CHANGED = Subject(template="keys", sender="hub", receivers=("gateway",), carries=(m.KeysChanged,), payload_bytes_max=64 * 1024)
+BANNED = Subject(template="banned", sender="hub", receivers=("gateway",), carries=(m.PutOut,), payload_bytes_max=128 * 1024)
 
 HOLD = Subject(template="n.{node}.hub", sender="hub", receivers=("node",), carries=(m.Hold, m.Introduce), payload_bytes_max=16 * 1024)
 DEMAND = Subject(template="hub.demand", sender="gateway", receivers=("hub",), carries=(m.Demand,), payload_bytes_max=64 * 1024)
@@ -92,6 +93,7 @@ TABLE = (
     HEARTBEAT,
     KEY,
     CHANGED,
+    BANNED,
     HOLD,
     DEMAND,
     INDEX,

@@ -12,6 +12,7 @@ from fallow.adapters.files import only_one, write_private
 from fallow.adapters.nats_bus import NatsBus
 from fallow.apps.card_check import OrgOf, Verify, vouched_by
 from fallow.apps.gateway.admin import Admin, make_admin
+from fallow.apps.gateway.bans import hear_bans
 from fallow.apps.gateway.caller import Receive, Scope, Send
 from fallow.apps.gateway.calls import Calls
 from fallow.apps.gateway.demand import DemandCount
@@ -72,6 +73,7 @@ class Gateway:
             self.calls.use(group)
             await self.exchange.start()
             await self.keys.start()
+            await hear_bans(self.bus, self.roster.forget)
             await self.roster.start()
             await self.prices.start()
             self.bus.on_lost(self.roster.forget_all)

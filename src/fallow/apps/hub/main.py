@@ -28,9 +28,11 @@ from fallow.apps.hub.placing import Placing
 from fallow.apps.hub.price_desk import PriceDesk
 from fallow.apps.run import tell_ready
 from fallow.apps.settings import HUB_FILE, INVITATION_FILE, Settings
+from fallow.model import messages as m
 from fallow.model.errors import StartFailed
-from fallow.model.ids import OrgId
+from fallow.model.ids import NodeId, OrgId
 from fallow.ports import Clock, Registry
+from fallow.wire import codec, subjects
 
 HUB_FOLDER = "hub"
 KEYS_FOLDER = "keys"
@@ -111,6 +113,8 @@ class Hub:
             self.keeper.revoked = revoked
         trust = await asyncio.to_thread(self._operator.trust, revoked)
         await push_accounts(self._system, trust.accounts.values())
+        newest = sorted(banned, key=lambda public_key: -banned[public_key])[: m.PUT_OUT_MAX]
+        await self.bus.publish(subjects.BANNED.pattern, codec.encode(m.PutOut(node_ids=tuple(map(NodeId, newest)))))
 
     async def close(self) -> None:
         await self._system.close()
