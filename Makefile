@@ -6,7 +6,8 @@ STAMP := $(VENV)/.installed
 
 # Tests that don't mind others beside them. The rest of the acceptance tests watch what the machine does, and have it to themselves.
 SIDE_BY_SIDE := -n auto --maxprocesses 4 --dist loadfile
-API_TESTS := $(wildcard tests/acceptance/test_api_*.py) tests/acceptance/test_fuzz.py tests/acceptance/test_examples.py
+BESIDE := $(wildcard tests/acceptance/test_api_*.py) $(addprefix tests/acceptance/test_,attacks.py calls.py errors.py examples.py \
+  fuzz.py idempotency.py identity.py lent_server.py quotes.py rolling.py)
 
 .PHONY: setup demo lint test fuzz bench bench-peers lock clean
 
@@ -31,8 +32,8 @@ lint: setup
 test: setup
 	@$(BIN)/fallow models pull smollm2-135m-instruct all-minilm-l6-v2
 	$(BIN)/pytest tests --ignore=tests/acceptance $(SIDE_BY_SIDE)
-	$(BIN)/pytest $(API_TESTS) $(SIDE_BY_SIDE)
-	$(BIN)/pytest tests/acceptance $(addprefix --ignore=,$(API_TESTS))
+	$(BIN)/pytest $(BESIDE) $(SIDE_BY_SIDE)
+	$(BIN)/pytest tests/acceptance $(addprefix --ignore=,$(BESIDE))
 
 # 5,000 generated bodies per endpoint against a real model; half an hour or more.
 fuzz: setup
