@@ -57,6 +57,9 @@ class Shelf(Rows):
 
     def put(self, node_id: NodeId, row: Row, *, now_s: float) -> None:
         super().put(node_id, row, now_s=now_s)
+        at, c = self.row_of[node_id], self.columns
+        self.dear_prompt = max(self.dear_prompt, float(c.prompt_price[at]))  # what misses cost counts a newcomer at once
+        self.dear_output = max(self.dear_output, float(c.output_price[at]))
         self._recount(node_id)
 
     def drop(self, node_id: NodeId) -> None:
