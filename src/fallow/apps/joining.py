@@ -5,7 +5,7 @@ import logging
 import random
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -101,17 +101,7 @@ async def join(data: Path, role: MemberRole, invited: Invitation | None, hub: st
             "this machine has no identity on a network yet: join one with --join TOKEN, which its hub's `fallow hub invite` gives"
         )
     enrolled, door = await _let_in(role, door, key, hub, proxy, clock)
-    kept = Kept(
-        credential=enrolled.credential,
-        org_id=enrolled.org_id,
-        addresses=door.addresses,
-        ca_pem=door.ca_pem,
-        door_jwt=door.door_jwt,
-        door_seed=door.door_seed,
-        membership=enrolled.membership,
-        member_until_s=enrolled.expires_at_s,
-        authority=enrolled.authority,
-    )
+    kept = Kept(addresses=door.addresses, ca_pem=door.ca_pem, door_jwt=door.door_jwt, door_seed=door.door_seed, **_given(enrolled))
     write_private(file, msgspec.json.encode(kept).decode())
     return _joined(kept, door, key, hub, proxy, file)
 
@@ -127,6 +117,17 @@ def _joined(kept: Kept, door: Invitation, key: KeyPair, hub: str, proxy: str, fi
         reach=Reach(ca_pem=door.ca_pem, proxy=proxy),
         file=file,
     )
+
+
+def _given(enrolled: m.Enrolled) -> dict[str, Any]:
+    """What is kept of the hub's answer."""
+    return {
+        "credential": enrolled.credential,
+        "org_id": enrolled.org_id,
+        "membership": enrolled.membership,
+        "member_until_s": enrolled.expires_at_s,
+        "authority": enrolled.authority,
+    }
 
 
 def _read(file: Path) -> Kept | None:
@@ -273,13 +274,7 @@ class Renewal:
         kept = _read(self._joined.file)
         if kept is None:
             return  # somebody took it away; the next start joins anew
-        changed = msgspec.structs.replace(
-            kept,
-            credential=enrolled.credential,
-            membership=enrolled.membership,
-            member_until_s=enrolled.expires_at_s,
-            authority=enrolled.authority,
-        )
+        changed = msgspec.structs.replace(kept, **_given(enrolled))
         try:
             write_private(self._joined.file, msgspec.json.encode(changed).decode())
         except StartFailed as error:

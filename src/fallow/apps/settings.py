@@ -25,6 +25,13 @@ INVITATION_FILE = "invitation"
 """What the hub on this data folder invites its own machine's gateway and node with."""
 HUB_FILE = "hub.json"
 """Where a running hub writes its addresses, for the commands on the same machine."""
+DATABASE_FILE = "hub.db"
+ORGANISATION_KEY_FILE = "org.nk"
+"""The private key of this machine's organisation."""
+HUB_KEYS_FOLDER = "hub/keys"
+"""The keys of a hub from which all credentials follow."""
+HUB_TLS_FOLDER = "hub/tls"
+"""The certificates that a hub made itself."""
 ADDRESS_FILE = "gateway.json"
 """Where a running gateway writes its address, for the commands on the same machine."""
 LISTEN_DEFAULT = "127.0.0.1:8422"
@@ -211,7 +218,7 @@ class Settings(Document, frozen=True, kw_only=True):
     @property
     def database(self) -> str:
         """The address of the hub's database; it may hold a password."""
-        return self.hub.database or f"sqlite:///{self.data / 'hub.db'}"
+        return self.hub.database or f"sqlite:///{self.data / DATABASE_FILE}"
 
     @property
     def models_folder(self) -> Path:

@@ -5,8 +5,7 @@ from pathlib import Path
 
 from fallow.adapters.files import make_folder
 from fallow.adapters.operator import Operator
-from fallow.apps.hub.founding import found
-from fallow.apps.hub.main import operator_folder
+from fallow.apps.hub.founding import found, operator_folder
 from fallow.apps.settings import Settings
 from fallow.cli.registry_desk import opened, say, told
 from fallow.model.errors import StartFailed

@@ -10,7 +10,7 @@ import msgspec
 from fallow.adapters.certificates import ca_pem
 from fallow.adapters.operator import Operator
 from fallow.apps.hub import registrar
-from fallow.apps.settings import HUB_FILE, Settings
+from fallow.apps.settings import HUB_FILE, HUB_KEYS_FOLDER, HUB_TLS_FOLDER, Settings
 from fallow.cli.registry_desk import Desk, at_desk, local, print_json, print_table, say, span_ms, utc
 from fallow.core.membership import CHAIN_START, first_break
 from fallow.model.errors import BadFlag, StartFailed, StoreFailed, WireError
@@ -19,10 +19,6 @@ from fallow.ports import Registry
 from fallow.wire import invitation
 from fallow.wire.invitation import Invitation
 
-KEYS_FOLDER = "hub/keys"
-"""The hub's keys for the broker, in the data folder."""
-TLS_FOLDER = "hub/tls"
-"""The certificates that the hub made itself, in the data folder."""
 ROLES: tuple[MemberRole, ...] = ("node", "gateway")
 USES_MAX = 1_000_000
 PAGE = 1_000
@@ -174,9 +170,9 @@ def log(data: Path | None, *, lines: int, node: str, as_json: bool) -> int:
 def door(settings: Settings, addresses: list[str]) -> Invitation:
     """What every invitation of this hub says, without a word. Raises BadFlag, or StartFailed if nobody knows the hub's address."""
     found = addresses or _running(settings)
-    authority = settings.data / TLS_FOLDER
+    authority = settings.data / HUB_TLS_FOLDER
     is_own = not settings.hub.certificate and (authority / "authority.pem").exists()
-    guest = Operator.open(settings.data / KEYS_FOLDER).door()
+    guest = Operator.open(settings.data / HUB_KEYS_FOLDER).door()
     frame = Invitation(addresses=tuple(found), ca_pem=ca_pem(authority) if is_own else "", door_jwt=guest.jwt, door_seed=guest.key.seed)
     try:
         return invitation.read(invitation.write(frame))

@@ -3,9 +3,10 @@
 from pathlib import Path
 
 from fallow.apps.hub import registrar
+from fallow.apps.hub.founding import own_key
 from fallow.apps.hub.key_desk import Agreements
-from fallow.apps.settings import Settings
-from fallow.cli.registry_desk import Desk, at_desk, is_hub_here, local, opened, own_key, print_json, print_table, say, told, utc
+from fallow.apps.settings import ORGANISATION_KEY_FILE, Settings
+from fallow.cli.registry_desk import Desk, at_desk, is_hub_here, local, opened, print_json, print_table, say, told, utc
 from fallow.core.membership import is_in_force, partners_of
 from fallow.model.errors import BadFlag, WireError
 from fallow.model.ids import OrgId
@@ -56,7 +57,7 @@ def key(data: Path | None) -> int:
 
     def act(settings: Settings) -> None:
         own, pair = own_key(settings)
-        say(f"The public key of {own}, which this machine is of. Its private half is in {settings.data / 'org.nk'}.")
+        say(f"The public key of {own}, which this machine is of. Its private half is in {settings.data / ORGANISATION_KEY_FILE}.")
         print(pair.public)
 
     return told(data, act)

@@ -10,17 +10,15 @@ from pathlib import Path
 import msgspec
 
 from fallow.adapters.clock import SystemClock
-from fallow.adapters.nkey import KeyPair, kept_key
 from fallow.adapters.sql.registry import open_registry
 from fallow.apps.hub import registrar
+from fallow.apps.hub.founding import own_key
 from fallow.apps.run import complain
-from fallow.apps.settings import Settings, load
+from fallow.apps.settings import DATABASE_FILE, Settings, load
 from fallow.model.errors import BadFlag, FallowError
 from fallow.model.ids import OrgId
 from fallow.ports import Registry
 
-ORGANISATION_KEY = "org.nk"
-"""The private key of this machine's organisation, in the data folder."""
 WIDE_COLUMNS = 240
 """Of a table that no terminal shows: nothing in it is cut short."""
 UNITS_MS = {"s": 1_000, "m": 60_000, "h": 3_600_000, "d": 86_400_000}
@@ -47,14 +45,9 @@ class Desk:
         return registrar.find_organisation(self.registry, OrgId(name)).id if name else self.own()
 
 
-def own_key(settings: Settings) -> tuple[OrgId, KeyPair]:
-    """This machine's organisation, and its private key, which is made on first use."""
-    return OrgId(settings.organisation.id), kept_key(settings.data / ORGANISATION_KEY, "account")
-
-
 def is_hub_here(settings: Settings) -> bool:
     """Whether a hub keeps its registry here."""
-    return bool(settings.hub.database) or Path(settings.data, "hub.db").exists()
+    return bool(settings.hub.database) or Path(settings.data, DATABASE_FILE).exists()
 
 
 @contextmanager

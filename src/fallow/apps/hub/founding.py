@@ -1,29 +1,27 @@
 """What a hub makes sure of when it starts: its own organisation, that one's API key, and an invitation for its own machine."""
 
 import contextlib
-import hashlib
 import secrets
 from collections.abc import Sequence
+from pathlib import Path
 
 import msgspec
 
-from fallow.adapters.files import read_or_make, write_private
-from fallow.adapters.nkey import Credentials, kept_key
-from fallow.apps.settings import INVITATION_FILE, KEY_FILE, Key, Settings
-from fallow.core.needs import micro
+from fallow.adapters.files import make_folder, read_or_make, write_private
+from fallow.adapters.nkey import Credentials, KeyPair, kept_key
+from fallow.apps.hub import registrar
+from fallow.apps.hub.key_limits import UNLIMITED, Limits, Wishes, wished
+from fallow.apps.settings import HUB_KEYS_FOLDER, INVITATION_FILE, KEY_FILE, ORGANISATION_KEY_FILE, Key, Settings
 from fallow.model.call import Allowance
 from fallow.model.errors import BadSetting, NameTaken, WireError
-from fallow.model.identity import ApiKey, Invite, Organisation
-from fallow.model.ids import KeyId, OrgId
+from fallow.model.identity import Invite
+from fallow.model.ids import OrgId
 from fallow.model.needs import Policy
 from fallow.ports import Registry
 from fallow.wire import invitation, subjects
 from fallow.wire.invitation import Invitation
 
-KEY_PREFIX = "fk-"
-ORG_KEY_FILE = "org.nk"
 HOME_INVITE = "this-machine"
-WORD_BYTES = 24
 POLICY_BYTES_MAX = 2_048
 """What a policy may take of the message in which gateways hear of it; the rest is room for partners, ids and the allowance."""
 assert subjects.KEY.payload_bytes_max > POLICY_BYTES_MAX
@@ -31,17 +29,7 @@ assert subjects.KEY.payload_bytes_max > POLICY_BYTES_MAX
 
 def policy_of(key: Key) -> Policy:
     """What the settings allow the hub's own key; raises BadSetting if it doesn't fit into a message."""
-    policy = Policy(
-        rings=frozenset(key.rings),
-        partners=frozenset(map(OrgId, key.partners)),
-        regions=frozenset(key.regions),
-        countries=frozenset(key.countries),
-        hardware=key.hardware or None,
-        isolation=None if key.isolation == "none" else key.isolation,
-        prefer=key.prefer,
-        cost_max_micro=micro(key.max_cost) if key.max_cost else None,
-        price_max_micro_per_munit=micro(key.max_price) if key.max_price else None,
-    )
+    policy = _limits(key).policy
     size = len(msgspec.msgpack.encode(policy))
     if size > POLICY_BYTES_MAX:
         text = f"what the key allows takes {size} bytes, the limit is {POLICY_BYTES_MAX}: name fewer partners, regions or countries"
@@ -51,27 +39,37 @@ def policy_of(key: Key) -> Policy:
 
 def allowance_of(key: Key) -> Allowance:
     """How much the settings let the hub's own key ask for at a time."""
-    return Allowance(
-        concurrency_max=key.concurrency,
-        calls_per_minute=key.calls_per_minute,
-        tokens_per_minute=key.tokens_per_minute,
-        weight=key.weight,
-    )
+    return _limits(key).allowance
+
+
+def _limits(key: Key) -> Limits:
+    """The settings say of the hub's own key what a command says of another."""
+    return wished(UNLIMITED, Wishes(**msgspec.structs.asdict(key)))
+
+
+def own_key(settings: Settings) -> tuple[OrgId, KeyPair]:
+    """This machine's organisation, and its private key, which is made on first use."""
+    return OrgId(settings.organisation.id), kept_key(settings.data / ORGANISATION_KEY_FILE, "account")
+
+
+def operator_folder(data: Path) -> Path:
+    """Where the keys lie from which all credentials follow; made if need be."""
+    folder = data / HUB_KEYS_FOLDER
+    make_folder(folder.parent)
+    return make_folder(folder)
 
 
 def found(settings: Settings, registry: Registry, *, now_ms: int) -> None:
     """The organisation of this machine, and its first key with the limits of the settings; blocks. Raises StoreFailed, BadSetting."""
-    org_id = OrgId(settings.organisation.id)
-    key = kept_key(settings.data / ORG_KEY_FILE, "account")
-    if all(one.id != org_id for one in registry.organisations.all()):
-        registry.organisations.add(Organisation(id=org_id, public_key=key.public, created_at_ms=now_ms))
-    digest = hashlib.sha256(read_or_make(settings.data / KEY_FILE, prefix=KEY_PREFIX).encode()).digest()
+    org_id, pair = own_key(settings)
+    with contextlib.suppress(NameTaken):
+        registrar.add_organisation(registry, org_id, public_key=pair.public, now_ms=now_ms)
+    secret = read_or_make(settings.data / KEY_FILE, prefix=registrar.KEY_PREFIX)
     policy, allowance = policy_of(settings.key), allowance_of(settings.key)
-    known = registry.keys.find(digest)
+    known = registry.keys.find(registrar.digest_of(secret))
     if known is None:
-        id = KeyId("key-" + digest.hex()[:12])
-        made = ApiKey(id=id, digest=digest, org_id=org_id, name="this machine", policy=policy, allowance=allowance, created_at_ms=now_ms)
-        registry.keys.add(made)
+        limits = Limits(policy=policy, allowance=allowance)
+        registrar.keep_key(registry, secret, org_id=org_id, now_ms=now_ms, name="this machine", role="caller", limits=limits)
     elif (known.policy, known.allowance) != (policy, allowance):
         registry.keys.change(msgspec.structs.replace(known, policy=policy, allowance=allowance))
 
@@ -84,12 +82,12 @@ def invite_home(
     try:
         word = invitation.read(file.read_text().strip()).word
     except (OSError, WireError):
-        word = secrets.token_urlsafe(WORD_BYTES)
+        word = secrets.token_urlsafe(registrar.WORD_BYTES)
     invited = Invitation(addresses=tuple(addresses), ca_pem=ca_pem, door_jwt=door.jwt, door_seed=door.key.seed, word=word)
     text = invitation.write(invited) + "\n"
     if not file.exists() or file.read_text() != text:
         write_private(file, text)
-    _have_invite(settings, registry, hashlib.sha256(word.encode()).digest(), now_ms)
+    _have_invite(settings, registry, registrar.digest_of(word), now_ms)
     return invited
 
 

@@ -78,6 +78,13 @@ def limits_of(key: ApiKey) -> Limits:
 
 def limited(limits: Limits, wishes: Wishes) -> Limits:
     """The limits with the wishes carried out; raises BadFlag if they are too many to be told."""
+    changed = wished(limits, wishes)
+    check_size(changed)
+    return changed
+
+
+def wished(limits: Limits, wishes: Wishes) -> Limits:
+    """The same, however many they are."""
     policy: dict[str, Any] = {
         "rings": _set(wishes.rings),
         "partners": None if wishes.partners is None else frozenset(map(OrgId, wishes.partners)),
@@ -98,15 +105,13 @@ def limited(limits: Limits, wishes: Wishes) -> Limits:
         "price_max_micro_per_munit": (_micro(wishes.max_price), 0),
     }
     lifted = {name: None if value == free else value for name, (value, free) in lifting.items() if value is not None}
-    changed = msgspec.structs.replace(
+    return msgspec.structs.replace(
         limits,
         policy=msgspec.structs.replace(limits.policy, **_given(policy), **lifted),
         allowance=msgspec.structs.replace(limits.allowance, **_given(allowance)),
         models=limits.models if wishes.models is None else frozenset(wishes.models),
         budget_micro=limits.budget_micro if wishes.budget is None else _micro(wishes.budget) or None,
     )
-    check_size(changed)
-    return changed
 
 
 def check_size(limits: Limits) -> None:

@@ -20,32 +20,25 @@ from fallow.adapters.sql.registry import open_registry
 from fallow.apps.card_check import vouched_by
 from fallow.apps.hub.card_desk import CardDesk
 from fallow.apps.hub.enrolling import LIFE_S, EnrolDesk, watch_bans
-from fallow.apps.hub.founding import found, invite_home, policy_of
+from fallow.apps.hub.founding import found, invite_home, operator_folder, policy_of
 from fallow.apps.hub.keeping import BrokerKeeper, Listening
 from fallow.apps.hub.key_desk import KeyDesk
 from fallow.apps.hub.listening import HubRoster
 from fallow.apps.hub.placing import Placing
 from fallow.apps.hub.price_desk import PriceDesk
 from fallow.apps.run import tell_ready
-from fallow.apps.settings import HUB_FILE, INVITATION_FILE, Settings
+from fallow.apps.settings import HUB_FILE, HUB_TLS_FOLDER, INVITATION_FILE, Settings
 from fallow.model import messages as m
 from fallow.model.errors import StartFailed
 from fallow.model.ids import NodeId, OrgId
 from fallow.ports import Clock, Registry
 from fallow.wire import codec, subjects
 
-HUB_FOLDER = "hub"
-KEYS_FOLDER = "keys"
 LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
 MARKET_ORG = OrgId("open")
 """Whom machines belong to that joined without an invitation."""
 
 log = logging.getLogger("fallow.hub")
-
-
-def operator_folder(data: Path) -> Path:
-    """Where the keys lie from which all credentials follow."""
-    return make_folder(make_folder(data / HUB_FOLDER) / KEYS_FOLDER)
 
 
 class Reached(msgspec.Struct, frozen=True, kw_only=True):
@@ -195,6 +188,6 @@ def _certificate(settings: Settings, host: str) -> tuple[TlsFiles, str]:
             if not path.is_file():
                 raise StartFailed(f"there is no file {path}, which the settings name as the broker's certificate or its key")
         return files, ""
-    folder = make_folder(settings.data / HUB_FOLDER / "tls")
+    folder = make_folder(settings.data / HUB_TLS_FOLDER)
     files = kept_certificate(folder, [*_names(settings, host), "localhost", "127.0.0.1"])
     return files, ca_pem(folder)

@@ -41,12 +41,17 @@ def make_key(
     if len(name) > NAME_CHARS_MAX or not name.isprintable():
         raise BadFlag(f"a key's name is {NAME_CHARS_MAX} characters at most, on one line")
     secret = KEY_PREFIX + secrets.token_hex(KEY_BYTES)
+    return keep_key(registry, secret, org_id=org_id, now_ms=now_ms, name=name, role=role, limits=limits), secret
+
+
+def keep_key(registry: Registry, secret: str, *, org_id: OrgId, now_ms: int, name: str, role: KeyRole, limits: Limits) -> ApiKey:
+    """Add the key with this secret. Raises NameTaken if it is there already."""
     digest = digest_of(secret)
     key = ApiKey(
         id=KeyId(f"key-{digest.hex()[:12]}"), digest=digest, org_id=org_id, name=name, role=role, created_at_ms=now_ms, **limits.fields()
     )
     registry.keys.add(key)
-    return key, secret
+    return key
 
 
 def limit_key(registry: Registry, id: KeyId, limits: Limits) -> ApiKey:
