@@ -5,8 +5,8 @@ import base64
 import contextlib
 import logging
 import ssl
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
 from urllib.parse import ParseResult, urlsplit
 
 import aiohttp
@@ -34,6 +34,7 @@ REQUEST_INFO = b"Nats-Request-Info:"
 NOBODY = b"NATS/1.0 503"
 """The status with which the broker says that nobody listens."""
 
+T = TypeVar("T")
 log = logging.getLogger("fallow.bus")
 
 
@@ -128,7 +129,7 @@ class Link:
         number = self._client._sid + 1
         self._client.ears[number] = hear  # before the broker can send anything
         try:
-            subscription = await self._client.subscribe(subject, queue=group)
+            subscription = await heeded(self._client.subscribe(subject, queue=group))
         except BaseException:
             self._client.ears.pop(number, None)
             raise
@@ -152,7 +153,7 @@ class Link:
         self._asked += 1
         self._unasked.clear()
         try:
-            return bytes((await self._client.request(subject, data, timeout=within_s)).data)
+            return bytes((await heeded(self._client.request(subject, data, timeout=within_s))).data)
         finally:
             self._asked -= 1
             if self._asked == 0:
@@ -169,8 +170,8 @@ class Link:
 
     async def flush(self, within_s: float = FLUSH_S) -> None:
         """Until the broker has taken what was sent, and we what it sent before. Twice: a ping overtakes what waits in the buffer."""
-        await self._client.flush(within_s)  # type: ignore[arg-type]  # a fraction works
-        await self._client.flush(within_s)  # type: ignore[arg-type]
+        await heeded(self._client.flush(within_s))  # type: ignore[arg-type]  # a fraction works
+        await heeded(self._client.flush(within_s))  # type: ignore[arg-type]
 
     async def close(self) -> None:
         """At once; what waits to be sent goes out if the broker takes it in time."""
@@ -245,6 +246,20 @@ class _Client(Client):
                 await super()._close(status, do_cbs)
         except (OSError, TimeoutError):
             await _drop(self._transport)
+
+
+async def heeded(work: Awaitable[T]) -> T:
+    """What comes of `work`, unless we were cancelled meanwhile, though it took no notice.
+
+    nats-py lets a cancellation fall in places, and so does `asyncio.wait_for` before Python 3.12 if an answer comes at the same moment.
+    Whoever is to stop would go on for ever.
+    """
+    task = asyncio.current_task()
+    before = 0 if task is None else task.cancelling()
+    result = await work
+    if task is not None and task.cancelling() > before:
+        raise asyncio.CancelledError
+    return result
 
 
 async def _drop(transport: Transport | None) -> None:
