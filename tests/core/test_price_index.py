@@ -5,7 +5,7 @@ from typing import Literal
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from fallow.core import price_index
@@ -354,6 +354,8 @@ def test_steps_are_bounded_and_only_costs_lift_a_price_further(worlds: list[tupl
 
 
 @given(st.lists(PRICES, min_size=1, max_size=6), st.lists(st.integers(0, 8), max_size=40))
+@example([price(0, 0, 0), price(0, 3, 0)], [0] * 40)
+@example([price(100, 3, 1), price(50, 7, 1)], [0] * 40)
 def test_followers_never_ask_less_than_their_costs_nor_does_the_index_leave_the_cheapest_far_above(
     floors: list[Price], work: list[int]
 ) -> None:
@@ -365,9 +367,9 @@ def test_followers_never_ask_less_than_their_costs_nor_does_the_index_leave_the_
             for unit in Price.__struct_fields__:
                 assert getattr(ask, unit) >= getattr(floor, unit)
         for unit in Price.__struct_fields__:
-            asked = [getattr(floor, unit) for floor in floors if getattr(floor, unit)]
-            if asked:
-                assert getattr(index, unit) >= min(asked) - 1 - min(asked) * STEP_PPM // 1_000_000
+            costs = [getattr(floor, unit) for floor in floors]
+            if any(costs):  # one without costs follows as low as the index goes: to 1
+                assert getattr(index, unit) >= max(1, min(costs) - 1 - min(costs) * STEP_PPM // 1_000_000)
 
 
 @given(st.lists(PRICES, min_size=1, max_size=6))
