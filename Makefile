@@ -35,8 +35,9 @@ test: setup
 	$(BIN)/pytest $(BESIDE) $(SIDE_BY_SIDE)
 	$(BIN)/pytest tests/acceptance $(addprefix --ignore=,$(BESIDE))
 
-# 5,000 generated bodies per endpoint against a real model; half an hour or more.
+# Promises with examples that differ in each run, then 5,000 generated bodies per endpoint against a real model: an hour or more.
 fuzz: setup
+	$(BIN)/pytest tests/core tests/wire --hypothesis-profile=search $(SIDE_BY_SIDE)
 	@$(BIN)/fallow models pull smollm2-135m-instruct all-minilm-l6-v2
 	FUZZ_EXAMPLES=5000 $(BIN)/pytest tests/acceptance/test_fuzz.py
 

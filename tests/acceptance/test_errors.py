@@ -178,7 +178,7 @@ BODIES = st.one_of(
 )
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True)
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(body=BODIES, path=st.sampled_from(["/chat/completions", "/completions"]))
 def test_malformed_bodies_never_break_anything(service: Service, body: bytes, path: str) -> None:
     answer = service.post(body, path)

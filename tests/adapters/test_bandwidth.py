@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fallow.adapters import bandwidth
@@ -28,7 +28,6 @@ def test_buffers(cores: int, cache: int, free: int, then: int | None) -> None:
     assert bandwidth.buffer_bytes(cores, cache_bytes=cache, free_bytes=free) == then
 
 
-@settings(derandomize=True, deadline=None)
 @given(cores=st.integers(1, 1024), cache=st.integers(0, 4 * GIB), free=st.integers(0, 2**42))
 def test_buffers_never_take_more_than_an_eighth(cores: int, cache: int, free: int) -> None:
     found = bandwidth.buffer_bytes(cores, cache_bytes=cache, free_bytes=free)

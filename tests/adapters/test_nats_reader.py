@@ -17,7 +17,7 @@ from fallow.adapters.nats_bus import NatsBus
 from fallow.adapters.nats_reader import Reader
 from fallow.ports import Delivery
 
-PROMISE = settings(derandomize=True, deadline=None, max_examples=100)
+PROMISE = settings(max_examples=100)
 
 
 class Played:

@@ -12,7 +12,7 @@ from fallow.adapters.nkey import Credentials, Kind, kept_key, key_from_seed, mak
 from fallow.model.errors import BadSetting, StartFailed
 from fallow.wire.nkey_text import verifies
 
-PROMISE = settings(derandomize=True, deadline=None, max_examples=100)
+PROMISE = settings(max_examples=100)
 KINDS: tuple[Kind, ...] = ("operator", "account", "user")
 KEY = make_key("user")
 

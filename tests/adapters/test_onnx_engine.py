@@ -464,7 +464,7 @@ def test_a_missing_extra_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch,
 
 
 # batches
-@settings(derandomize=True, deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(st.lists(st.integers(1, 2 * TOKENS_MAX), max_size=200))
 def test_batches_hold_every_input_once_within_their_bounds(lengths: list[int]) -> None:
     found = batches(lengths)

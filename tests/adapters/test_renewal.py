@@ -22,7 +22,7 @@ from fallow.ports import Delivery
 pytestmark = pytest.mark.anyio
 
 MESSAGES = 5_000
-PROMISE = settings(derandomize=True, deadline=None, max_examples=100)
+PROMISE = settings(max_examples=100)
 
 
 @pytest.fixture(scope="module")

@@ -179,7 +179,7 @@ def test_an_answer_is_repeated_when_asked_too_soon(tmp_path: Path) -> None:
 
 
 @linux
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(steps=st.lists(st.tuples(st.integers(0, 40), st.integers(0, 40)), min_size=1, max_size=20))
 def test_others_are_never_negative_and_never_hidden(tmp_path_factory: pytest.TempPathFactory, steps: list[tuple[int, int]]) -> None:
     """Whatever the kernel's rounding does, the sum is at least what others did, and a sample hides two ticks at most."""
@@ -529,7 +529,7 @@ ODD = (
 )
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(noise=st.one_of(st.binary(max_size=200), st.text(max_size=200).map(str.encode), st.sampled_from(ODD)))
 def test_damaged_files_never_raise(tmp_path_factory: pytest.TempPathFactory, noise: bytes) -> None:
     root = tmp_path_factory.mktemp("damaged")

@@ -215,7 +215,7 @@ async def test_two_at_once_of_which_none_has_begun() -> None:
 STEP = st.tuples(st.sampled_from(["write", "ask", "leave", "stall"]), st.integers(0, 5), st.integers(0, 9))
 
 
-@settings(derandomize=True, deadline=None, max_examples=80)
+@settings(max_examples=80)
 @given(pieces=st.lists(st.binary(max_size=9), max_size=6), steps=st.lists(STEP, max_size=10))
 async def test_everybody_gets_the_same_bytes_whenever_they_come_or_go(pieces: list[bytes], steps: list[tuple[str, int, int]]) -> None:
     app, answer = App(stream := Stream(pieces)), b"".join(pieces)

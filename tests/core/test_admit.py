@@ -21,7 +21,7 @@ from fallow.core.admit import (
 from fallow.model.ids import AttemptId, CallId, GatewayId, KeyId, OrgId
 from fallow.model.messages import Request
 
-PROMISE = settings(derandomize=True, deadline=None, max_examples=60)
+PROMISE = settings(max_examples=60)
 OFFERED = {"tiny": {"/v1/chat/completions"}, "small": {"/v1/completions"}}
 DESK = Desk(leaving=False, running=0, slots=2, waiting_max=4, bodies_bytes=0)
 

@@ -24,7 +24,7 @@ from fallow.core.allowance import (
 from fallow.model.call import CONCURRENCY_DEFAULT, Allowance
 from fallow.model.ids import KeyId, OrgId
 
-PROMISE = settings(derandomize=True, deadline=None, max_examples=100)
+PROMISE = settings(max_examples=100)
 KEY = (OrgId("home"), KeyId("key-1"))
 OTHER = (OrgId("elsewhere"), KeyId("key-1"))
 

@@ -25,7 +25,7 @@ from fallow.model.card import Card, Hardware
 from fallow.model.ids import NodeId, OrgId
 from fallow.model.messages import Heartbeat
 
-PROMISE = settings(derandomize=True, deadline=None, max_examples=100)
+PROMISE = settings(max_examples=100)
 NOW = 1_700_000_000_000
 CARD = Card(
     node_id=NodeId("U1"),

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from fallow.core.credit import ANSWER_WINDOW_BYTES, BODY_WINDOW_BYTES, more, parts
 from fallow.wire.subjects import PART_BYTES_MAX
 
-PROMISE = settings(derandomize=True, deadline=None, max_examples=60)
+PROMISE = settings(max_examples=60)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from fallow.core.fair import ACTIVE_S, COST_GUESS, W_IN, W_OUT, Fair, Room
 from fallow.model.ids import CallId, KeyId, OrgId
 from fallow.model.needs import ServiceTier
 
-PROMISE = settings(derandomize=True, deadline=None, max_examples=100)
+PROMISE = settings(max_examples=100)
 A, B, C, D = ((OrgId("home"), KeyId(name)) for name in "abcd")
 
 

@@ -17,7 +17,7 @@ from fallow.core.geography import (
     why_region_impossible,
 )
 
-PROMISE = settings(derandomize=True, deadline=None, max_examples=100)
+PROMISE = settings(max_examples=100)
 CODES = st.sampled_from(sorted(COUNTRIES))
 SURFACE_KM = 6_371.0
 """The earth's mean radius, by which true distances are reckoned here."""

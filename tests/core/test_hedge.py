@@ -9,7 +9,7 @@ from fallow.core import hedge
 from fallow.model.needs import ServiceTier
 from offers import PLAIN, Lent, call_of, market_of, quote_at
 
-PROMISE = settings(derandomize=True, deadline=None, max_examples=60)
+PROMISE = settings(max_examples=60)
 
 
 @PROMISE

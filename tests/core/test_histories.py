@@ -96,7 +96,7 @@ def test_what_a_call_says_of_itself() -> None:
     assert (seen(INTERRUPTED).first_s, seen(INTERRUPTED).code) == (None, "stream_interrupted")
 
 
-@settings(derandomize=True, deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(st.integers(0, 20), st.integers(0, 20), st.integers(0, 20))
 def test_damage_is_counted_in_characters(cut: int, back: int, end: int) -> None:
     """A text up to `cut` that goes on at `back`."""
@@ -109,7 +109,7 @@ def test_damage_is_counted_in_characters(cut: int, back: int, end: int) -> None:
     assert bool(harm.total) is not RIGHT.startswith(text)
 
 
-@settings(derandomize=True, deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(st.text("ab ", max_size=40), st.text("ab ", max_size=40))
 def test_damage_ends_for_any_texts(delivered: str, right: str) -> None:
     harm = damage(delivered, right)

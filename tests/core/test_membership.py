@@ -90,7 +90,7 @@ some_agreements = st.builds(
 )
 
 
-@settings(derandomize=True, deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(st.lists(some_agreements, max_size=12), names, names, st.integers(0, 20))
 def test_partners_are_so_of_each_other(agreements: list[Agreement], one: OrgId, other: OrgId, now: int) -> None:
     assert (other in partners_of(one, agreements, now)) == (one in partners_of(other, agreements, now))
@@ -145,7 +145,7 @@ def chain(cards: list[bytes]) -> list[LogEntry]:
     return entries
 
 
-@settings(derandomize=True, deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.lists(st.binary(max_size=9), min_size=1, max_size=8), st.data())
 def test_a_changed_log_shows_it(cards: list[bytes], data: st.DataObject) -> None:
     entries = chain(cards)

@@ -13,7 +13,7 @@ from fallow.model.needs import Isolation, Needs, Policy
 
 NOW = 1_700_000_000_000
 OWN = frozenset({"own"})
-PROMISE = settings(derandomize=True, deadline=None, max_examples=500)
+PROMISE = settings(max_examples=500)
 RANK: dict[Isolation | None, int] = {None: 0, "none": 0, "landlock": 1, "bwrap": 2}
 
 

@@ -305,7 +305,6 @@ demand_strategy = st.lists(
 )
 
 
-@settings(deadline=None)
 @given(nodes_strategy, st.lists(demand_strategy, min_size=1, max_size=8), st.lists(st.integers(0, 7), max_size=4))
 def test_never_more_than_a_node_offers_and_has_room_for(nodes: list[NodeSupply], asked: list[list[ModelDemand]], owners: list[int]) -> None:
     hub = Hub(*nodes)
@@ -321,7 +320,6 @@ def test_never_more_than_a_node_offers_and_has_room_for(nodes: list[NodeSupply],
             assert one.works or set(mine) <= set(before.get(one.node_id, "")), "nothing new while the owner needs it"
 
 
-@settings(deadline=None)
 @given(nodes_strategy, st.lists(demand_strategy, min_size=1, max_size=4))
 def test_the_order_of_nodes_changes_nothing(nodes: list[NodeSupply], asked: list[list[ModelDemand]]) -> None:
     one, other = Hub(*nodes), Hub(*reversed(nodes))
@@ -330,7 +328,7 @@ def test_the_order_of_nodes_changes_nothing(nodes: list[NodeSupply], asked: list
     assert one.state == other.state
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(nodes_strategy, demand_strategy)
 def test_a_steady_demand_comes_to_rest(nodes: list[NodeSupply], asked: list[ModelDemand]) -> None:
     hub = Hub(*nodes)
@@ -338,7 +336,6 @@ def test_a_steady_demand_comes_to_rest(nodes: list[NodeSupply], asked: list[Mode
     assert not any(hub.run(60, *asked))
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 2)), min_size=1, max_size=10), st.integers(1, 12))
 def test_organisations_before_doubling_up(places: list[tuple[int, int]], replicas: int) -> None:
     """Among nodes that are alike, no organisation has two more replicas than another that has room."""
@@ -350,7 +347,6 @@ def test_organisations_before_doubling_up(places: list[tuple[int, int]], replica
     assert max(held.values()) - min((held[org] for org in free), default=max(held.values())) <= 1
 
 
-@settings(deadline=None)
 @given(nodes_strategy, demand_strategy)
 def test_whoever_is_wanted_is_there_if_anybody_has_room(nodes: list[NodeSupply], asked: list[ModelDemand]) -> None:
     hub = Hub(*nodes)

@@ -9,7 +9,7 @@ from fallow.core.power import Machine, Watts
 from fallow.model.measured import Choice, Measured, Point
 from fallow.model.offer import Price
 
-PROMISE = settings(derandomize=True, deadline=None, max_examples=100)
+PROMISE = settings(max_examples=100)
 
 
 def measured(prefill: float, decode: float) -> Measured:

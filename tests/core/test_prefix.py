@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from fallow.core.prefix import BLOCK_BYTES, BLOCKS_MAX, SALT_BYTES_MAX, blocks, common
 
-PROMISE = settings(derandomize=True, deadline=None, max_examples=200)
+PROMISE = settings(max_examples=200)
 SALT = b"s" * 16
 A = b"a" * BLOCK_BYTES
 B = b"b" * BLOCK_BYTES

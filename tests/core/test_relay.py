@@ -31,7 +31,7 @@ from fallow.model.errors import Failure
 from fallow.model.messages import Accepted, Alive, Final, Head, Part
 from fallow.model.receipt import Usage
 
-PROMISE = settings(derandomize=True, deadline=None, max_examples=60)
+PROMISE = settings(max_examples=60)
 HEAD = Head(status=200, content_type="text/event-stream", engine_us=5)
 USAGE = Usage(prompt_tokens=3, output_tokens=4)
 REFUSED = Failure(code="busy", message="full")

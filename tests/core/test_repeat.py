@@ -30,7 +30,7 @@ from fallow.core.repeat import (
 )
 from fallow.model.errors import Failure
 
-PROMISE = settings(derandomize=True, deadline=None, max_examples=100)
+PROMISE = settings(max_examples=100)
 DIGEST = digest_of("/v1/chat/completions", b"{}")
 KNOWN = Known(digest=DIGEST, call_id="call_1", is_lost=False)
 UUID = "8e03978e-40d5-43dd-bc93-6894a57f9324"

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from fallow.core.retry import ATTEMPTS_MAX, ENGINE_FAULTS, ENGINE_FAULTS_MAX, NODE_FAULTS, try_elsewhere
 from fallow.model.errors import Failure
 
-PROMISE = settings(derandomize=True, deadline=None, max_examples=60)
+PROMISE = settings(max_examples=60)
 CALLERS_OWN = ("invalid_request", "context_length_exceeded", "body_too_large", "invalid_api_key")
 PASSING = (
     "node_unreachable",

@@ -28,7 +28,7 @@ from fallow.model.ids import NodeId, OrgId
 from fallow.model.messages import Heartbeat, NodeState
 from fallow.model.offer import Load, Offer, Price, Speed
 
-PROMISE = settings(derandomize=True, deadline=None, max_examples=60)
+PROMISE = settings(max_examples=60)
 NODE = NodeId("node-a")
 
 

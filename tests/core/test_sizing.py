@@ -15,7 +15,7 @@ from fallow.core.sizing import (
     size_engine,
 )
 
-PROMISE = settings(derandomize=True, deadline=None, max_examples=60)
+PROMISE = settings(max_examples=60)
 MIB = 1024 * 1024
 
 

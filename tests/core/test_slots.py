@@ -9,7 +9,7 @@ from fallow.core.prefix import Blocks
 from fallow.core.slots import DOUBT_MS, Asker, Ending, Seat, Slot, begin, choose, leave, take
 from fallow.model.ids import KeyId, OrgId
 
-PROMISE = settings(derandomize=True, deadline=None, max_examples=500)
+PROMISE = settings(max_examples=500)
 ME = Asker(org_id=OrgId("home"), key_id=KeyId("key-1"))
 YOU = Asker(org_id=OrgId("home"), key_id=KeyId("key-2"))
 NAMESAKE = Asker(org_id=OrgId("away"), key_id=KeyId("key-1"))

@@ -39,7 +39,7 @@ from fallow.core.standing import (
 )
 from fallow.model.ids import NodeId
 
-PROMISE = settings(derandomize=True, deadline=None, max_examples=100)
+PROMISE = settings(max_examples=100)
 AT_S = 1_000.0
 FAULT = Failed(code="node_silent")
 NODE = NodeId("node-a")

@@ -10,7 +10,7 @@ from fallow.core import tuning
 from fallow.core.sizing import BATCH_TOKENS, SLOTS_MAX, EngineSize, tuned
 from fallow.model.measured import Choice, Point, Rates
 
-PROMISE = settings(derandomize=True, deadline=None, max_examples=100)
+PROMISE = settings(max_examples=100)
 RATE = st.floats(0.01, 1e5)
 
 

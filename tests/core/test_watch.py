@@ -27,7 +27,7 @@ from fallow.core.watch import (
     step,
 )
 
-PROMISE = settings(derandomize=True, deadline=None, max_examples=60)
+PROMISE = settings(max_examples=60)
 UNTIL, NOW = 50_000, 40_000
 IDLE = Tick(running=0, progress_at_ms=0)
 BUSY = Tick(running=1, progress_at_ms=NOW - 1)

@@ -70,7 +70,7 @@ def test_an_agreement_is_between_two_organisations(one: str, other: str) -> None
         proposed(OrgId(one), OrgId(other), begins_at_ms=0)
 
 
-@settings(derandomize=True, deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(st.binary(max_size=300))
 def test_any_bytes_are_refused(data: bytes) -> None:
     with pytest.raises(WireError):

@@ -34,7 +34,7 @@ from fallow.wire.generation import (
 )
 from fallow.wire.openai import TOKENS_MAX
 
-PROMISE = settings(derandomize=True, deadline=None, max_examples=200)
+PROMISE = settings(max_examples=200)
 STAMP = Stamp(id="abc", created_s=1_700_000_000, model="tiny")
 USAGE = Usage(prompt_tokens=7, cached_tokens=3, output_tokens=5)
 HELLO = [{"role": "user", "content": "Hello"}]

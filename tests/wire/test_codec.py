@@ -25,8 +25,8 @@ from fallow.wire.codec import MAJOR, Reader, encode
 from fallow.wire.subjects import PART_BYTES_MAX, PAYLOAD_BYTES_MAX, TABLE
 from offers import AT_S, FOREVER_S, NOW, PLAIN, call_id, call_of
 
-PROMISE = settings(derandomize=True, deadline=None, max_examples=30)
-MANY = settings(derandomize=True, deadline=None, max_examples=250)
+PROMISE = settings(max_examples=30)
+MANY = settings(max_examples=250)
 
 KINDS: list[type[m.Message]] = m.Message.__subclasses__()
 READERS: dict[str, tuple[Reader[Any], set[type[m.Message]]]] = {

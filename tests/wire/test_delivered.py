@@ -14,7 +14,7 @@ from fallow.wire.chat_answer import ChatEndpoint
 from fallow.wire.completions_api import CompletionsEndpoint
 from fallow.wire.generation import Called, Ended, Endpoint, Event, Reasoning, Stamp, Text, ToolCall
 
-PROMISE = settings(derandomize=True, deadline=None, max_examples=60)
+PROMISE = settings(max_examples=60)
 STAMP = Stamp(id="0123", created_s=1_700_000_000, model="tiny")
 USAGE = Usage(prompt_tokens=5, output_tokens=9)
 ASKED: dict[str, tuple[Callable[[bytes, Stamp], Endpoint], dict[str, object]]] = {

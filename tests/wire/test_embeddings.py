@@ -17,7 +17,7 @@ from fallow.model.errors import EngineFailed, InvalidRequest
 from fallow.model.receipt import Usage
 from fallow.wire.embeddings import BATCH_INPUTS, INPUTS_MAX, EmbeddingsRequest, answer, check_dimensions, engine_bodies, read, unit
 
-PROMISE = settings(derandomize=True, deadline=None, max_examples=150)
+PROMISE = settings(max_examples=150)
 floats = st.floats(-1000, 1000, width=32)
 
 

@@ -43,7 +43,7 @@ def around(squeezed: bytes) -> str:
     return PREFIX + base64.urlsafe_b64encode(squeezed + hashlib.sha256(squeezed).digest()[:4]).rstrip(b"=").decode()
 
 
-@settings(derandomize=True, deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(invitations)
 def test_what_was_written_is_read_again(invitation: Invitation) -> None:
     token = write(invitation)
@@ -62,7 +62,7 @@ def test_line_breaks_of_a_terminal_do_not_matter() -> None:
     assert read("  " + "\n".join(token[at : at + 70] for at in range(0, len(token), 70)) + " \n") == FULL
 
 
-@settings(derandomize=True, deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(st.integers(0, 10_000), st.sampled_from("abcXYZ09-_"))
 def test_a_mistyped_letter_is_noticed(at: int, letter: str) -> None:
     token = write(FULL)
@@ -74,7 +74,7 @@ def test_a_mistyped_letter_is_noticed(at: int, letter: str) -> None:
             read(wrong)
 
 
-@settings(derandomize=True, deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(st.integers(0, 10_000))
 def test_a_token_that_is_cut_off_is_noticed(length: int) -> None:
     token = write(FULL)
@@ -83,14 +83,14 @@ def test_a_token_that_is_cut_off_is_noticed(length: int) -> None:
     assert "\n" not in caught.value.message
 
 
-@settings(derandomize=True, deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(st.text(max_size=300), st.booleans())
 def test_any_text_is_read_or_refused(text: str, begins_well: bool) -> None:
     with pytest.raises(WireError):
         read((PREFIX if begins_well else "") + text)
 
 
-@settings(derandomize=True, deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(st.binary(max_size=300))
 def test_any_bytes_with_a_right_checksum_are_refused(data: bytes) -> None:
     for token in (token_of(data), around(data)):

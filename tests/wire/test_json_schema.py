@@ -15,7 +15,7 @@ from fallow.wire.json_schema import ANSWER_DEPTH_MAX, COUNT_SAID_MAX, check_sche
 from fallow.wire.regex_cost import CHARS_MAX, pattern_cost
 from fallow.wire.schema_check import BYTES_MAX, COUNT_MAX, DEPTH_MAX, ENUM_MAX, PATTERNS_MAX, PROPERTIES_MAX, SCHEMAS_MAX
 
-PROMISE = settings(derandomize=True, deadline=None, max_examples=300)
+PROMISE = settings(max_examples=300)
 ANYTHING = {"type": ["object", "array", "string", "number", "boolean", "null"]}
 Json = dict[str, Any]
 

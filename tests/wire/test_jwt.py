@@ -16,7 +16,7 @@ from fallow.model.messages import CREDENTIAL_MAX
 from fallow.wire import jwt
 from fallow.wire.nkey_text import verifies
 
-PROMISE = settings(derandomize=True, deadline=None, max_examples=100)
+PROMISE = settings(max_examples=100)
 ACCOUNT, USER = make_key("account"), make_key("user")
 
 

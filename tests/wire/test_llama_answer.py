@@ -17,7 +17,7 @@ from fallow.wire.generation import Alternative, Ended, Event, Reasoning, Text, T
 from fallow.wire.llama_answer import LOGPROB_MIN, EngineStream, added, refusal
 from fallow.wire.sse import DONE, EVENT_BYTES_MAX
 
-PROMISE = settings(derandomize=True, deadline=None, max_examples=150)
+PROMISE = settings(max_examples=150)
 META = {"created": 1, "id": "chatcmpl-x", "model": "m", "system_fingerprint": "b0", "object": "chat.completion.chunk"}
 TEXT_META = {**META, "id": "cmpl-x", "object": "text_completion"}
 TIMINGS = {"cache_n": 4, "prompt_n": 31, "predicted_n": 2, "predicted_per_second": 17.5}

@@ -14,7 +14,7 @@ from fallow.wire.generation import Generation, Sampling, Tool, ToolCall, Turn
 from fallow.wire.llama_request import EngineRequest, Neutraliser
 from fallow.wire.openai import CHAT, COMPLETIONS
 
-PROMISE = settings(derandomize=True, deadline=None, max_examples=400)
+PROMISE = settings(max_examples=400)
 TURNS = (Turn(role="system", text="Be brief"), Turn(role="user", text='é\n"\\ud83d'), Turn(role="assistant", text="Ok"))
 MESSAGES = [{"role": turn.role, "content": turn.text} for turn in TURNS]
 ALWAYS = {"stream": True, "stream_options": {"include_usage": True}, "return_progress": True}

@@ -23,7 +23,7 @@ from fallow.wire.messages_request import NESTING_MAX, PARAMS
 from fallow.wire.openai import TOKENS_MAX
 from fallow.wire.sse import EventCutter
 
-PROMISE = settings(derandomize=True, deadline=None, max_examples=400)
+PROMISE = settings(max_examples=400)
 STAMP = Stamp(id="abc123", created_s=1_700_000_000, model="tiny")
 HELLO = [{"role": "user", "content": "Hello"}]
 SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}

@@ -10,7 +10,7 @@ from fallow.adapters.nkey import Kind, make_key
 from fallow.model.errors import WireError
 from fallow.wire.nkey_text import PREFIXES, raw_public, verifies
 
-PROMISE = settings(derandomize=True, deadline=None, max_examples=100)
+PROMISE = settings(max_examples=100)
 KINDS: tuple[Kind, ...] = ("operator", "account", "user")
 KEY = make_key("user")
 SIGNATURE = KEY.sign(b"data")

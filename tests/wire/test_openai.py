@@ -35,7 +35,7 @@ from fallow.wire.openai import (
 )
 from fallow.wire.wishes import TIER_HEADER, Wishes
 
-PROMISE = settings(derandomize=True, deadline=None, max_examples=60)
+PROMISE = settings(max_examples=60)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from fallow.model.errors import InvalidRequest
 from fallow.wire.prefer import HEADER_BYTES_MAX, WAIT_S_MAX, wait_s
 
-PROMISE = settings(derandomize=True, deadline=None, max_examples=100)
+PROMISE = settings(max_examples=100)
 
 
 @pytest.mark.parametrize(

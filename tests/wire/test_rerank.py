@@ -22,7 +22,7 @@ from fallow.wire.rerank import (
     read,
 )
 
-PROMISE = settings(derandomize=True, deadline=None, max_examples=150)
+PROMISE = settings(max_examples=150)
 ABC = ["about a", "about b", "about c"]
 
 

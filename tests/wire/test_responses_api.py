@@ -34,7 +34,7 @@ from fallow.wire.generation import (
 from fallow.wire.responses_answer import ResponsesEndpoint, count_body, error_event
 from fallow.wire.responses_request import SCHEMA_DEPTH_MAX, TOOLS_MAX, read_count
 
-PROMISE = settings(derandomize=True, deadline=None, max_examples=300)
+PROMISE = settings(max_examples=300)
 STAMP = Stamp(id="abc", created_s=1_700_000_000, model="tiny")
 USAGE = Usage(prompt_tokens=7, cached_tokens=3, output_tokens=5)
 SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}

@@ -16,7 +16,7 @@ from fallow.model.messages import Enrol, Heartbeat
 from fallow.wire import codec
 from fallow.wire.sign import agreement_bytes, card_bytes, card_verifies, enrol_bytes, signed_card
 
-PROMISE = settings(derandomize=True, deadline=None, max_examples=60)
+PROMISE = settings(max_examples=60)
 KEY = make_key("user")
 HARDWARE = Hardware(kind="cpu", isa="x86_64-avx2", cores=4, memory_bytes=2**33)
 CARD = Card(

@@ -10,7 +10,7 @@ from fallow.model.errors import WireError
 from fallow.wire import sse
 from fallow.wire.sse import DONE, EVENT_BYTES_MAX, EventCutter
 
-PROMISE = settings(derandomize=True, deadline=None, max_examples=60)
+PROMISE = settings(max_examples=60)
 lines = st.binary(min_size=1, max_size=12).map(lambda raw: raw.replace(b"\n", b".").replace(b"\r", b","))
 an_event = st.one_of(
     lines.map(sse.event),

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from fallow.wire.generation import Ended, Event, Reasoning, Text, Token
 from fallow.wire.stop import StopCutter
 
-PROMISE = settings(derandomize=True, deadline=None, max_examples=400)
+PROMISE = settings(max_examples=400)
 TOKEN = Token("a", [97], -0.5)
 
 some_text = st.text(alphabet="abc", max_size=14)

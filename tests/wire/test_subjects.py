@@ -12,7 +12,7 @@ from fallow.model.ids import AttemptId, GatewayId, NodeId
 from fallow.wire import subjects
 from fallow.wire.subjects import ID_MAX, PART_BYTES_MAX, PAYLOAD_BYTES_MAX, TABLE, Subject, token
 
-PROMISE = settings(derandomize=True, deadline=None, max_examples=80)
+PROMISE = settings(max_examples=80)
 NODE, GATEWAY, ATTEMPT = NodeId("node-1"), GatewayId("gw-1"), AttemptId("0af3")
 KINDS: list[type[m.Message]] = m.Message.__subclasses__()
 printable = st.text(st.characters(min_codepoint=0x21, max_codepoint=0x7E, exclude_characters=".*>"), min_size=1, max_size=20)

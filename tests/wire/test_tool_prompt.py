@@ -13,7 +13,7 @@ from fallow.wire import json_schema
 from fallow.wire.generation import Tool, ToolCall, Turn
 from fallow.wire.tool_prompt import TOOLS_MAX, CallWatch, call_schema, check_tools, either_schema, read_calls, with_tools
 
-PROMISE = settings(derandomize=True, deadline=None, max_examples=150)
+PROMISE = settings(max_examples=150)
 CITY = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"], "additionalProperties": False}
 LIST: dict[str, Any] = {
     "$defs": {

@@ -37,7 +37,7 @@ from offers import (
     some_needs,
 )
 
-PROMISE = settings(derandomize=True, deadline=None, max_examples=100)
+PROMISE = settings(max_examples=100)
 PARTNERS = replace(PLAIN, partners=frozenset({OrgId("friend")}))
 FLEX = replace(PLAIN, service_tier="flex", deadline_at_ms=WALL_MS + 3_600_000)
 IN_TIME = replace(PLAIN, first_token_within_ms=1_000, per_token_within_ms=100)

@@ -20,7 +20,7 @@ from fallow.model.needs import Needs
 from fallow.model.quote import Refuse, Stopped, Wait
 from offers import AT_S, CREDIT, NOW, PLAIN, Lent, call_of, later, market_of, may, node_of, put, refused, some_lents, some_needs
 
-PROMISE = settings(derandomize=True, deadline=None, max_examples=100)
+PROMISE = settings(max_examples=100)
 F16 = replace(PLAIN, quantisations=frozenset({"f16"}))
 STRICT = replace(PLAIN, strict=True, first_token_within_ms=100, per_token_within_ms=10)
 

@@ -38,7 +38,7 @@ from offers import (
     some_rings,
 )
 
-PROMISE = settings(derandomize=True, deadline=None, max_examples=100)
+PROMISE = settings(max_examples=100)
 FRIENDS = replace(PLAIN, partners=frozenset({OrgId("friend")}))
 FRENCH = replace(PLAIN, countries=frozenset({"fr"}))
 FOUR_BITS = replace(PLAIN, quantisations=frozenset({"q4_0", "q4_k_m"}))

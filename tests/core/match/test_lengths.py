@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from fallow.core.match.lengths import HALF_LIFE_ANSWERS, KEYS_MAX, PRIOR_MEDIAN_TOKENS, Length, Lengths
 from fallow.model.ids import KeyId
 
-PROMISE = settings(derandomize=True, deadline=None, max_examples=60)
+PROMISE = settings(max_examples=60)
 BRIEF, CHATTY = KeyId("brief"), KeyId("chatty")
 some_limit = st.none() | st.sampled_from([1, 2, 50, 100, 128, 4_096, 2**20])
 some_answers = st.lists(st.tuples(st.sampled_from([BRIEF, CHATTY]), some_limit, st.integers(1, 40_000)), max_size=40)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from fallow.core.match.pick import EXPLORE, NAMED_MAX, NEAR, draw, pick
 from fallow.model.ids import CallId, GatewayId
 
-PROMISE = settings(derandomize=True, deadline=None, max_examples=200)
+PROMISE = settings(max_examples=200)
 GATEWAY = GatewayId("gw")
 LUCK = [at / 64 for at in range(64)]
 

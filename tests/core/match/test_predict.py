@@ -22,7 +22,7 @@ from fallow.model.offer import Speed
 from fallow.model.receipt import Usage
 from offers import AT_S, CREDIT, NOW, PLAIN, WALL_MS, Lent, call_id, call_of, later, market_of, most, offer_of, put, quote_at, some_lent
 
-PROMISE = settings(derandomize=True, deadline=None, max_examples=100)
+PROMISE = settings(max_examples=100)
 LENT = Lent(prefill=100.0, decode=10.0, slots=2)
 EMBEDS = replace(LENT, writes=False, decode=0.0)
 some_sizes = st.builds(

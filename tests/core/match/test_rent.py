@@ -14,7 +14,7 @@ from fallow.model.ids import NodeId
 from fallow.model.needs import Needs
 from offers import AT_S, CREDIT, PLAIN, Lent, call_id, call_of, later, market_of, node_of, put, some_lent
 
-PROMISE = settings(derandomize=True, deadline=None, max_examples=40)
+PROMISE = settings(max_examples=40)
 TIGHT = replace(PLAIN, first_token_within_ms=500, per_token_within_ms=30)
 RELAXED = replace(PLAIN, first_token_within_ms=5_000, per_token_within_ms=300)
 GPU = Lent(node="gpu", kind="gpu", prefill=2_000.0, decode=50.0, output_price=CREDIT // 10, slots=2, by_streams=((2, 90.0),))

@@ -23,7 +23,7 @@ from fallow.model.quote import Place
 from fallow.model.receipt import Usage
 from offers import AT_S, CREDIT, NOW, PLAIN, Lent, call_of, later, looks, market_of, node_of, placed, put, quote_at
 
-MANY = settings(derandomize=True, deadline=None, max_examples=40)
+MANY = settings(max_examples=40)
 PARTNERS = replace(PLAIN, partners=frozenset({OrgId("friend")}))
 NODES = [f"node-{letter}" for letter in "abcdef"]
 some_node = st.sampled_from(NODES)
@@ -213,7 +213,7 @@ class OnTheWildShelf(OnTheShelf):
     wild = True
 
 
-ENOUGH = settings(derandomize=True, deadline=None, max_examples=60, stateful_step_count=40)
+ENOUGH = settings(max_examples=60, stateful_step_count=40)
 TestOnTheShelf = OnTheShelf.TestCase
 TestOnTheShelf.settings = ENOUGH
 TestOnTheWildShelf = OnTheWildShelf.TestCase
