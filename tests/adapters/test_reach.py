@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from cryptography import x509
+from http_proxy import Proxy
 from trusted import HERE, Site, until
 
 from fallow.adapters.broker import start_broker
@@ -50,50 +51,12 @@ async def open_site(anyio_backend: str, tmp_path_factory: pytest.TempPathFactory
     await site.broker.stop()
 
 
-class Proxy:
-    """An HTTP proxy that does CONNECT, and nothing else."""
-
-    def __init__(self) -> None:
-        self.asked: list[str] = []
-        self.address = ""
-        self.refuses = False
-        self._ways: set[asyncio.Task[None]] = set()
-
-    async def talk(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        head = (await reader.readuntil(b"\r\n\r\n")).decode()
-        self.asked.append(head.split("\r\n")[0])
-        verb, target, _ = self.asked[-1].split(" ")
-        if verb != "CONNECT" or self.refuses:
-            writer.write(b"HTTP/1.1 403 Forbidden\r\nContent-Length: 0\r\n\r\n")
-            writer.close()
-            return
-        host, _, port = target.rpartition(":")
-        there, to_there = await asyncio.open_connection(host, int(port))
-        writer.write(b"HTTP/1.1 200 OK\r\n\r\n")
-        for source, sink in ((reader, to_there), (there, writer)):
-            task = asyncio.ensure_future(self._carry(source, sink))
-            self._ways.add(task)
-            task.add_done_callback(self._ways.discard)
-
-    async def _carry(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
-        try:
-            while data := await source.read(65_536):
-                sink.write(data)
-                await sink.drain()
-        except OSError:
-            pass
-        finally:
-            sink.close()
-
-
 @pytest.fixture
 async def proxy() -> AsyncIterator[Proxy]:
     played = Proxy()
-    server = await asyncio.start_server(played.talk, HERE, 0)
-    played.address = f"http://{HERE}:{server.sockets[0].getsockname()[1]}"
+    await played.start()
     yield played
-    server.close()
-    await until(lambda: not played._ways, what="the end of every tunnel")
+    await played.stop()
 
 
 async def talk(site: Site, address: str, reach: Reach | None) -> None:
