@@ -57,6 +57,7 @@ class Fleeting(Apart):
     def begin(self) -> Service:
         data = self.folder / "hub"
         data.mkdir()
+        (data / "settings.toml").write_text('[organisation]\ncountry = "de"\n')
         self.hub_address = f"nats://127.0.0.1:{free_port()}"
         self.start_hub()
         invited = ("--join-file", str(data / "invitation"))
@@ -434,6 +435,21 @@ def test_all_come_back_to_a_hub_that_was_away_for_longer_than_a_credential_lives
         say(client, SHORT)
     for name in ("gateway", "node"):
         assert parts.parts[name].process.poll() is None
+
+
+def test_a_hub_that_knows_its_country_refuses_a_region_and_gateways_judge_for_themselves(streamed: Streamed) -> None:
+    """The hub stands in Germany, and a node on the same machine says that it is in America. This gateway doesn't know where it is."""
+    parts, service = streamed.parts, streamed.service
+    command: Any = parts.parts["node"].process.args
+    parts.lend("liar", "--engine", str(command[command.index("--engine") + 1]), "--slots", "4", region="na-us")
+    liar = node_id_of(parts.folder / "liar")
+    hub = parts.parts["hub"]
+    until(lambda: f"the card of {liar} is refused: the node can't be where it says" in hub.said(), within_s=END_S, what="the refusal")
+    assert node_id_of(parts.folder / "node") not in "".join(line for line in hub.said().splitlines() if "is refused" in line)
+    until(lambda: org_of(service, liar) == "home", within_s=END_S, what="the node at the gateway")
+    logged = msgspec.json.decode(told("hub", "log", "--json", "--data", str(parts.folder / "hub")))
+    assert liar in [entry["node_id"] for entry in logged], "what it said before it was measured"
+    assert parts.parts["liar"].process.poll() is None, "it stays a member"
 
 
 def readiness(service: Service) -> list[str]:

@@ -1,29 +1,53 @@
-"""Echoes are timed, and a node that answers sooner than light could from where it says it is is put out; a slow one never."""
+"""Gateways and hubs time echoes, and put out who answers sooner than light could from where it says it is; who is slow never."""
 
+import asyncio
 import logging
 import math
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from fallow.adapters.memory_bus import MemoryBus
-from fallow.apps.gateway import distances
-from fallow.apps.gateway.distances import ECHO_EVERY_MS, ECHO_WITHIN_MS, FIRST_ECHOES, FIRST_EVERY_MS, KEEP_MS, MOVES_IN_MS, Distances
+from fallow.adapters.price_record import PriceRecord
+from fallow.apps import distances
+from fallow.apps.distances import (
+    CLOCK_STEP_MS,
+    ECHO_EVERY_MS,
+    ECHO_WITHIN_MS,
+    FIRST_ECHOES,
+    FIRST_EVERY_MS,
+    KEEP_MS,
+    MOVES_IN_MS,
+    QUICK_ECHOES_MIN,
+    Distances,
+)
+from fallow.apps.gateway.distances import distances_of
 from fallow.apps.gateway.exchange import Exchange
 from fallow.apps.gateway.roster import Roster
+from fallow.apps.hub.distances import DistanceDesk
+from fallow.apps.hub.listening import HubRoster
+from fallow.apps.hub.placing import Placing
+from fallow.apps.hub.price_desk import PriceDesk
 from fallow.apps.node.node import Node
 from fallow.core import cards
 from fallow.core.geography import distance_km_least, rtt_ms_least
+from fallow.core.price_index import supplies_of as prices_of
+from fallow.core.supply import supplies_of
 from fallow.model import messages as m
+from fallow.model.card import Card
 from fallow.model.ids import NodeId
+from fallow.model.owner import Refusals
 from fallow.wire import codec, subjects
 
 if TYPE_CHECKING:
-    from tests.apps.one_loop import GATEWAY, SIGN, FakeClock, FakeServed, Network, Overheard, beat_of, believed, card_of, turns
+    from tests.apps.one_loop import GATEWAY, SIGN, FakeClock, FakeServed, Network, Overheard, beat_of, believed, card_of, turns, until
 else:
-    from one_loop import GATEWAY, SIGN, FakeClock, FakeServed, Network, Overheard, beat_of, believed, card_of, turns
+    from one_loop import GATEWAY, SIGN, FakeClock, FakeServed, Network, Overheard, beat_of, believed, card_of, turns, until
 
 pytestmark = pytest.mark.anyio
 NODE = NodeId("node-a")
@@ -33,30 +57,56 @@ SOON_MS = 5
 LATE_MS = 90
 
 
-class Site:
-    """A gateway's roster and distances in one country, and a node that a test plays. Every message takes as long as is said."""
+Asker = Literal["gateway", "hub"]
+ASKERS: tuple[Asker, ...] = ("gateway", "hub")
 
-    def __init__(self, country: str = "de") -> None:
+
+class Site:
+    """A gateway's or a hub's roster and distances in one country, and a node that a test plays. Messages take as long as is said."""
+
+    def __init__(self, asker: Asker, country: str = "de") -> None:
         self.broker = Overheard()
         self.clock = FakeClock()
         self.hand = MemoryBus(self.broker)
+        self.asker = asker
         self.refused: list[cards.Reason] = []
-        bus = MemoryBus(self.broker)
-        self.exchange = Exchange(GATEWAY, bus, self.clock)
-        self.roster = Roster(GATEWAY, bus, self.clock, verify=believed, refused=self.refused.append)
-        self.distances = Distances(self.exchange, self.roster, bus, self.clock, country)
-        self.pings: list[tuple[m.Ping, str]] = []
+        self.logged: list[Card] = []
+        self.bus = bus = MemoryBus(self.broker)
+        self.roster: Roster | HubRoster
+        self.distances: Distances
+        if asker == "gateway":
+            self.exchange = Exchange(GATEWAY, bus, self.clock)
+            self.roster = Roster(GATEWAY, bus, self.clock, verify=believed, refused=self.refused.append)
+            self.distances = distances_of(self.exchange, self.roster, bus, self.clock, country)
+        else:
+            self.roster = HubRoster(bus, self.clock, verify=believed, on_card=self.logged.append)
+            self.desk = DistanceDesk(bus, self.roster, self.clock, country)
+            self.distances = self.desk.distances
+        self.pings: list[m.Ping] = []
         self.sequence = self.card_sequence = self.expires_at_ms = 0
         self.region = ""
 
     async def start(self) -> None:
-        await self.exchange.start()
+        await (self.exchange if self.asker == "gateway" else self.desk).start()
         await self.roster.start()
-        await self.hand.subscribe(subjects.control(NODE), lambda d: self._hear(codec.to_node.read(d.data), d.reply))
+        await self.hand.subscribe(subjects.control(NODE), lambda d: self._hear(codec.to_node.read(d.data)))
+        await self.hand.subscribe(subjects.hold(NODE), lambda d: self._hear(codec.from_hub.read(d.data)))
 
-    def _hear(self, message: m.ToNode, reply: str) -> None:
+    def _hear(self, message: m.Message) -> None:
         if isinstance(message, m.Ping):
-            self.pings.append((message, reply))
+            self.pings.append(message)
+
+    def subject(self, attempt_id: str, node_id: NodeId = NODE) -> str:
+        """Where an echo of this node belongs."""
+        return f"rsp.{GATEWAY}.{node_id}.{attempt_id}" if self.asker == "gateway" else f"hub.echo.{node_id}.{attempt_id}"
+
+    async def say(self, attempt_id: str, node_id: NodeId = NODE, message: m.Message | None = None) -> None:
+        await self.hand.publish(self.subject(attempt_id, node_id), codec.encode(message or m.Alive()))
+        await turns()
+
+    def reasons(self) -> list[cards.Reason]:
+        """Why cards were refused so far."""
+        return list(self.roster.cards_refused.elements()) if isinstance(self.roster, HubRoster) else self.refused
 
     async def beat(self, region: str = AWAY) -> None:
         """The node says that it is there; with a new card if the region is another one."""
@@ -71,7 +121,7 @@ class Site:
         await turns()
 
     async def look(self) -> int:
-        """Have the gateway ask; returns how many questions came."""
+        """Have it ask; returns how many questions came."""
         before = len(self.pings)
         await self.distances.look()
         await turns()
@@ -80,9 +130,7 @@ class Site:
     async def echo(self, after_ms: int, *, message: m.Message | None = None) -> None:
         """Answer the last question."""
         self.clock.advance(after_ms)
-        lost = m.Final(index=0)
-        await self.hand.publish(self.pings[-1][1], codec.encode(message or lost))
-        await turns()
+        await self.say(self.pings[-1].attempt_id, message=message)
 
     async def measure(self, *rtts_ms: int) -> None:
         for rtt_ms in rtts_ms:
@@ -93,13 +141,15 @@ class Site:
     @property
     def is_believed(self) -> bool:
         known = self.roster.card(NODE) is not None
-        assert known == bool(self.roster.offers())
+        assert known == bool(self.roster.members()[NODE].offers)
+        if isinstance(self.roster, Roster):
+            assert known == bool(self.roster.offers())
         return known
 
 
-@pytest.fixture
-async def site() -> Site:
-    site = Site()
+@pytest.fixture(params=ASKERS)
+async def site(request: pytest.FixtureRequest) -> Site:
+    site = Site(request.param)
     await site.start()
     return site
 
@@ -111,10 +161,10 @@ async def test_a_node_that_answers_too_soon_for_its_region_is_put_out(site: Site
     with caplog.at_level(logging.WARNING):
         await site.measure(SOON_MS)
     assert not site.is_believed
-    assert site.refused == ["region"]
+    assert site.reasons() == ["region"]
     assert len(caplog.records) == 1
     assert f"{AWAY} is 4" in caplog.text
-    assert "organisation.country" in caplog.text
+    assert f"organisation.country in this {site.asker}'s settings" in caplog.text
 
 
 async def test_it_does_not_come_back_with_the_same_claim(site: Site) -> None:
@@ -130,7 +180,7 @@ async def test_it_does_not_come_back_with_the_same_claim(site: Site) -> None:
     site.sequence = 60
     await site.beat()
     assert not site.is_believed
-    assert set(site.refused) == {"region"}
+    assert set(site.reasons()) == {"region"}
 
 
 @pytest.mark.parametrize("region", ["eu-de", "eu-fr", "unknown"])
@@ -177,7 +227,7 @@ async def test_a_slow_node_is_never_refused(site: Site, rtts_ms: list[int]) -> N
         await site.beat()
         site.clock.advance(FIRST_EVERY_MS)
     assert site.is_believed
-    assert site.refused == []
+    assert site.reasons() == []
 
 
 @pytest.mark.parametrize("region", ["eu-de", "eu-at", "eu-nl-utrecht", "unknown", "here", "us", "xx-qq"])
@@ -186,9 +236,10 @@ async def test_who_can_not_be_caught_is_not_asked(site: Site, region: str) -> No
     assert await site.look() == 0
 
 
+@pytest.mark.parametrize("asker", ASKERS)
 @pytest.mark.parametrize("country", ["unknown", "qq"])
-async def test_a_gateway_that_does_not_know_where_it_is_asks_nobody(country: str) -> None:
-    site = Site(country)
+async def test_who_does_not_know_where_it_is_asks_nobody(asker: Asker, country: str) -> None:
+    site = Site(asker, country)
     await site.start()
     await site.beat()
     assert await site.look() == 0
@@ -198,11 +249,12 @@ async def test_a_gateway_that_does_not_know_where_it_is_asks_nobody(country: str
 async def test_questions_are_few(site: Site) -> None:
     await site.beat()
     for _ in range(3_600):  # an hour
+        await site.beat()
         await site.distances.look()
         site.clock.advance(1_000)
     await turns()
     assert len(site.pings) == FIRST_ECHOES + 3_600_000 // ECHO_EVERY_MS - 1
-    assert len({ping.attempt_id for ping, _ in site.pings}) == len(site.pings), "an echo answers one question"
+    assert len({ping.attempt_id for ping in site.pings}) == len(site.pings), "an echo answers one question"
 
 
 async def test_no_more_are_asked_at_a_time_than_are_allowed(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -235,15 +287,28 @@ async def test_a_claim_stays_refused_for_a_day(site: Site) -> None:
     assert not site.is_believed
 
 
+async def test_questions_are_forgotten(site: Site) -> None:
+    await site.beat()
+    await site.look()
+    [first] = site.pings
+    site.clock.advance(ECHO_WITHIN_MS - 1)
+    await site.beat()
+    await site.look()
+    assert site.distances.awaits(NODE, first.attempt_id)
+    site.clock.advance(1)
+    await site.look()
+    assert not site.distances.awaits(NODE, first.attempt_id)
+    assert not site.distances.awaits("node-b", site.pings[-1].attempt_id)
+    assert site.distances.awaits(NODE, site.pings[-1].attempt_id)
+
+
 async def says_too_late(site: Site) -> None:
     await site.echo(ECHO_WITHIN_MS)
 
 
 async def says_it_for_another(site: Site) -> None:
-    reply = site.pings[-1][1].replace(NODE, "node-b")
     site.clock.advance(SOON_MS)
-    await site.hand.publish(reply, codec.encode(m.Alive()))
-    await turns()
+    await site.say(site.pings[-1].attempt_id, NodeId("node-b"))
 
 
 async def says_it_twice(site: Site) -> None:
@@ -253,17 +318,30 @@ async def says_it_twice(site: Site) -> None:
 
 async def says_what_nobody_asked(site: Site) -> None:
     for id in ("rtt-0", "x", ""):
-        await site.hand.publish(f"rsp.{GATEWAY}.{NODE}.{id}", codec.encode(m.Alive()))
-    await turns()
+        await site.say(id)
 
 
-async def hears_no_more(site: Site) -> None:
+async def is_gone(site: Site) -> None:
     site.clock.advance(SOON_MS)
-    await site.hand.publish("n.gone.ctl", b"", site.pings[-1][1])  # the broker says that nobody is there
+    await site.hand.publish("n.gone.ctl", b"", site.subject(site.pings[-1].attempt_id))  # the broker says that nobody is there
     await turns()
 
 
-@pytest.mark.parametrize("does", [says_too_late, says_it_for_another, says_it_twice, says_what_nobody_asked, hears_no_more])
+async def says_it_elsewhere(site: Site) -> None:
+    site.clock.advance(SOON_MS)
+    id = site.pings[-1].attempt_id
+    for subject in (
+        f"rsp.gw-2.{NODE}.{id}",
+        f"rsp.hub.{NODE}.{id}",
+        f"hub.echo.{NODE}",
+        f"hub.echo.{NODE}.{id}.more",
+        f"hub.echo.x.{NODE}.{id}",
+    ):
+        await site.hand.publish(subject, codec.encode(m.Alive()))
+    await turns()
+
+
+@pytest.mark.parametrize("does", [says_too_late, says_it_for_another, says_it_twice, says_what_nobody_asked, is_gone, says_it_elsewhere])
 async def test_what_is_no_echo_counts_for_nothing(site: Site, does: Callable[[Site], Awaitable[None]]) -> None:
     await site.beat()
     for _ in range(3):
@@ -272,7 +350,7 @@ async def test_what_is_no_echo_counts_for_nothing(site: Site, does: Callable[[Si
         await site.beat()
         site.clock.advance(FIRST_EVERY_MS)
     assert site.is_believed
-    assert site.refused == []
+    assert site.reasons() == []
 
 
 async def test_a_broker_that_is_away_is_asked_later(site: Site) -> None:
@@ -284,8 +362,10 @@ async def test_a_broker_that_is_away_is_asked_later(site: Site) -> None:
     assert await site.look() == 1
 
 
-@pytest.mark.parametrize("message", [m.Final(index=0), m.Alive()])
-async def test_whatever_a_node_answers_is_an_echo(site: Site, message: m.Message) -> None:
+@pytest.mark.parametrize(("asker", "message"), [("gateway", m.Final(index=0)), ("gateway", m.Alive()), ("hub", m.Alive())])
+async def test_what_a_node_may_answer_is_an_echo(asker: Asker, message: m.Message) -> None:
+    site = Site(asker)
+    await site.start()
     await site.beat()
     for _ in range(2):
         await site.look()
@@ -294,6 +374,53 @@ async def test_whatever_a_node_answers_is_an_echo(site: Site, message: m.Message
     assert not site.is_believed
 
 
+@pytest.mark.parametrize("data", [b"", b"\x01nonsense", b"\x02", codec.encode(m.Renew()), bytes(2_000)], ids=len)
+async def test_the_hub_takes_no_nonsense_for_an_echo(data: bytes, caplog: pytest.LogCaptureFixture) -> None:
+    site = Site("hub")
+    await site.start()
+    await site.beat()
+    for _ in range(3):
+        await site.look()
+        await site.hand.publish(site.subject(site.pings[-1].attempt_id), data)
+        await turns()
+        site.clock.advance(FIRST_EVERY_MS)
+    assert site.is_believed
+    assert len(caplog.records) == 3, "and none of what nobody asked for"
+    await site.hand.publish(site.subject("rtt-0"), data)
+    await turns()
+    assert len(caplog.records) == 3
+
+
+def possible(region: str, rtts_ms: list[int]) -> bool:
+    """What physics says of the second-quickest round trip, reckoned from the rule's own words."""
+    quick = sorted(rtts_ms)[:QUICK_ECHOES_MIN]
+    return len(quick) < QUICK_ECHOES_MIN or quick[-1] + CLOCK_STEP_MS >= rtt_ms_least(distance_km_least(region, "eu-de"))
+
+
+@settings(max_examples=60)
+@given(
+    asker=st.sampled_from(ASKERS),
+    region=st.sampled_from([AWAY, "as-jp", "oc-au", "sa-br", "eu-fr", "unknown"]),
+    rtts_ms=st.lists(st.integers(0, 120), max_size=FIRST_ECHOES),
+)
+async def test_who_is_put_out_follows_from_physics_alone(asker: Asker, region: str, rtts_ms: list[int]) -> None:
+    """Gateway and hub find the same from the same echoes, and neither puts out who could be where it says."""
+    site = Site(asker)
+    await site.start()
+    await site.beat(region)
+    taken: list[int] = []
+    for rtt_ms in rtts_ms:
+        if await site.look() == 0:
+            break
+        await site.echo(rtt_ms)
+        taken.append(rtt_ms)
+        await site.beat(region)
+        site.clock.advance(FIRST_EVERY_MS)
+    assert site.is_believed is possible(region, taken)
+    assert set(site.reasons()) == (set() if site.is_believed else {"region"})
+
+
+# what follows, with real nodes
 async def test_a_real_node_gives_an_echo_and_the_refusal_is_shown() -> None:
     async with Network(country="de") as network:
         card = replace(card_of(NODE), region=AWAY)
@@ -308,3 +435,36 @@ async def test_a_real_node_gives_an_echo_and_the_refusal_is_shown() -> None:
         assert b'fallow_cards_refused_total{reason="region"} 1.0' in (await network.get("/metrics")).body
         assert (await network.get("/fallow/nodes")).json["nodes"] == []
         assert (await network.ask().done()).code == "no_node"
+
+
+async def test_a_real_node_gives_the_hub_an_echo_and_is_planned_with_no_more(tmp_path: Path) -> None:
+    site = Site("hub")
+    assert isinstance(site.roster, HubRoster)
+    await site.start()
+    prices, placing = PriceDesk(site.bus, site.roster, PriceRecord(tmp_path), site.clock), Placing(site.bus, site.roster, site.clock)
+    stop = asyncio.Event()
+    node = Node(replace(card_of(NODE), region=AWAY), [FakeServed()], MemoryBus(site.broker), site.clock, SIGN)
+    running = asyncio.ensure_future(node.run(stop))
+    try:
+        await until(lambda: site.roster.card(NODE) is not None, what="the node")
+        first = site.logged[-1]
+        assert list(supplies_of(site.roster.members()))
+        assert list(prices_of(site.roster.members().values()))
+        for _ in range(2):
+            assert await site.look() == 1
+            await until(lambda: not site.distances.awaits(NODE, site.pings[-1].attempt_id), what="the echo")
+            site.clock.advance(FIRST_EVERY_MS)
+        assert site.reasons() == ["region"]
+        assert not list(supplies_of(site.roster.members()))
+        assert not list(prices_of(site.roster.members().values()))
+        await prices.look()
+        await placing.place()
+        assert prices.index.entries == ()
+        assert site.logged == [first], "what it said before stays in the log"
+        node.refuse(Refusals())  # a new card with the old claim
+        await until(lambda: site.reasons() == ["region"] * 2, what="the next refusal")
+        assert site.logged == [first]
+        assert node.card.region == AWAY
+    finally:
+        stop.set()
+        await running

@@ -1,4 +1,4 @@
-"""A node's card: signed with its own key before anybody sees it, again when it changes, and again before it expires."""
+"""A node's card: signed with its own key before anybody sees it, again when it changes and before it expires; and its echoes."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -9,11 +9,14 @@ from msgspec.structs import replace
 
 from fallow.adapters.memory_bus import MemoryBus
 from fallow.adapters.nkey import make_key
-from fallow.apps.node.pulse import Pulse
+from fallow.apps.node.pulse import ECHOES_WAITING_MAX, Pulse
 from fallow.core.cards import CARD_LIFE_MS, why_card_refused
+from fallow.model import messages as m
 from fallow.model.card import Card
+from fallow.model.ids import AttemptId, GatewayId
 from fallow.model.owner import Refusals
-from fallow.wire import codec
+from fallow.ports import Delivery
+from fallow.wire import codec, subjects
 from fallow.wire.sign import card_verifies
 
 if TYPE_CHECKING:
@@ -44,11 +47,13 @@ class Heart:
 @pytest.fixture
 async def heart() -> AsyncIterator[Heart]:
     heart = Heart()
-    running = asyncio.ensure_future(heart.pulse.run())
+    running = [asyncio.ensure_future(heart.pulse.run()), asyncio.ensure_future(heart.pulse.echo())]
     await turns()
     yield heart
-    running.cancel()
-    await asyncio.wait([running])
+    for one in running:
+        one.cancel()
+    await asyncio.wait(running)
+    assert all(one.cancelled() for one in running)
 
 
 async def test_the_first_heartbeat_brings_a_signed_card(heart: Heart) -> None:
@@ -89,3 +94,56 @@ async def test_a_card_that_the_owner_changed_after_a_renewal_is_newer_than_that(
     await until(lambda: len(heart.cards()) == 3)
     sequences = [card.sequence for card in heart.cards()]
     assert sequences == sorted(set(sequences))
+
+
+# what the hub says
+def says(heart: Heart, message: m.Message, reply: str = "") -> None:
+    heart.pulse.on_hub(Delivery(subjects.hold(heart.card.node_id), reply, codec.encode(message), False))
+
+
+@pytest.mark.parametrize("reply", ["", "hub.echo.another.rtt-1", "keys", "rsp.gw.node.rtt-1"])
+async def test_the_hub_gets_its_echo_where_the_table_says_and_nowhere_else(heart: Heart, reply: str) -> None:
+    before = len(heart.broker.sent)
+    says(heart, m.Ping(attempt_id=AttemptId("rtt-0af3")), reply)
+    await turns()
+    assert heart.broker.sent[before:] == [(f"hub.echo.{KEY.public}.rtt-0af3", codec.encode(m.Alive()))]
+
+
+NO_ECHO = ["", "rtt", "0af3", "xrtt-1", "RTT-1", "rtt-a.b", "rtt-*", "rtt->", "rtt- ", "rtt-ü", "rtt-" + "a" * 200]
+
+
+@pytest.mark.parametrize("id", NO_ECHO, ids=ascii)
+async def test_nothing_else_is_answered(heart: Heart, id: str) -> None:
+    """The hub can't have a node speak on other subjects, and learns nothing of attempts."""
+    before = len(heart.broker.sent)
+    says(heart, m.Ping(attempt_id=AttemptId(id)))
+    says(heart, m.Hold(sequence=1, models=()))
+    await turns()
+    assert heart.broker.sent[before:] == []
+    says(heart, m.Ping(attempt_id=AttemptId("rtt-1")))
+    await turns()
+    assert len(heart.broker.sent_to("hub.echo.")) == 1, "it goes on"
+
+
+async def test_echoes_that_wait_are_bounded_and_a_lost_broker_ends_nothing(heart: Heart) -> None:
+    for number in range(2 * ECHOES_WAITING_MAX):
+        says(heart, m.Ping(attempt_id=AttemptId(f"rtt-{number}")))
+    await turns()
+    assert len(heart.broker.sent_to("hub.echo.")) == ECHOES_WAITING_MAX
+    heart.broker.up = False
+    says(heart, m.Ping(attempt_id=AttemptId("rtt-lost")))
+    await turns()
+    heart.broker.up = True
+    says(heart, m.Ping(attempt_id=AttemptId("rtt-last")))
+    await turns()
+    assert [subject for subject, _ in heart.broker.sent if "hub.echo" in subject][-1].endswith("rtt-last")
+    assert heart.broker.sent_to("hub.echo.")[ECHOES_WAITING_MAX:] == [codec.encode(m.Alive())]
+
+
+async def test_a_hub_that_does_not_know_us_is_told(heart: Heart) -> None:
+    before = len(heart.broker.sent_to("hb."))
+    says(heart, m.Introduce(gateway_id=GatewayId("hub")))
+    await turns()
+    beat = codec.read_heartbeat(heart.broker.sent_to("hb.")[before], f"hb.{KEY.public}")
+    assert beat.card is not None
+    assert heart.broker.sent_to("hub.echo.") == []

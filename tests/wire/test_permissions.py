@@ -28,7 +28,7 @@ def test_by_hand() -> None:
     """What changes here changes what a stranger may do."""
     assert {role: (set(allowed(role).publish), set(allowed(role).subscribe)) for role in ROLES} == {
         "node": (
-            {"rsp.*.{{subject()}}.*", "hb.{{subject()}}", "hub.node.{{subject()}}"},
+            {"rsp.*.{{subject()}}.*", "hb.{{subject()}}", "hub.node.{{subject()}}", "hub.echo.{{subject()}}.*"},
             {
                 "n.{{subject()}}.req",
                 "n.{{subject()}}.body.*",
@@ -44,7 +44,7 @@ def test_by_hand() -> None:
         ),
         "hub": (
             {"keys", "banned", "n.*.hub", "prices", "_R_.>"},
-            {"hb.*", "hub.key", "hub.demand", "hub.prices", "hub.enrol", "hub.node.*", "hub.gateway.*"},
+            {"hb.*", "hub.key", "hub.demand", "hub.prices", "hub.enrol", "hub.node.*", "hub.gateway.*", "hub.echo.*.*"},
         ),
         "guest": ({"hub.enrol"}, {"_I.{{subject()}}.>"}),
     }

@@ -36,6 +36,7 @@ def matches(pattern: str, subject: str) -> bool:
         (subjects.heartbeat(NODE), subjects.HEARTBEAT, "hb.node-1"),
         (subjects.KEY.pattern, subjects.KEY, "hub.key"),
         (subjects.hold(NODE), subjects.HOLD, "n.node-1.hub"),
+        (subjects.echo(NODE, ATTEMPT), subjects.ECHO, "hub.echo.node-1.0af3"),
         (subjects.DEMAND.pattern, subjects.DEMAND, "hub.demand"),
         (subjects.INDEX.pattern, subjects.INDEX, "prices"),
         (subjects.HISTORY.pattern, subjects.HISTORY, "hub.prices"),
@@ -84,7 +85,8 @@ def test_who_may_say_what_to_whom() -> None:
         "hub.key": ("gateway", ("hub",), (m.KeyQuery, m.KeyAnswer)),
         "keys": ("hub", ("gateway",), (m.KeysChanged,)),
         "banned": ("hub", ("gateway",), (m.PutOut,)),
-        "n.*.hub": ("hub", ("node",), (m.Hold, m.Introduce)),
+        "n.*.hub": ("hub", ("node",), (m.Hold, m.Introduce, m.Ping)),
+        "hub.echo.*.*": ("node", ("hub",), (m.Alive,)),
         "hub.demand": ("gateway", ("hub",), (m.Demand,)),
         "prices": ("hub", ("gateway", "node"), (m.Index,)),
         "hub.prices": ("gateway", ("hub",), (m.HistoryQuery, m.HistoryAnswer)),
@@ -130,6 +132,8 @@ def test_bad_ids_are_refused_by_every_builder(text: str) -> None:
         lambda: subjects.answer(gateway, NODE, ATTEMPT),
         lambda: subjects.answer(GATEWAY, node, ATTEMPT),
         lambda: subjects.answer(GATEWAY, NODE, attempt),
+        lambda: subjects.echo(node, ATTEMPT),
+        lambda: subjects.echo(NODE, attempt),
         lambda: subjects.answers(gateway),
         lambda: subjects.heartbeat(node),
     ]
@@ -162,6 +166,8 @@ def test_what_is_built_can_be_taken_apart(gateway: str, node: str, attempt: str)
     assert subjects.last_token(answer) == attempt
     assert subjects.answering_node(answer) == node
     assert matches(subjects.answers(GatewayId(gateway)), answer)
+    echo = subjects.echo(NodeId(node), AttemptId(attempt))
+    assert (subjects.answering_node(echo), subjects.last_token(echo)) == (node, attempt)
     assert subjects.last_token(subjects.body(NodeId(node), AttemptId(attempt))) == attempt
     assert subjects.last_token(subjects.heartbeat(NodeId(node))) == node
 

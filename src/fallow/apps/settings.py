@@ -51,6 +51,7 @@ TEMPLATE = (
 # Who owns this machine, its gateway and its keys.
 # id = "home"
 # The country that its calls come from, as two letters: lenders may refuse some.
+# Gateway and hub judge from there which regions of nodes are possible: let it be where this machine stands.
 # country = "unknown"
 
 [key]

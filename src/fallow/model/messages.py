@@ -130,7 +130,7 @@ class Final(Message, frozen=True, kw_only=True, array_like=True, tag=9):
 
 
 class Alive(Message, frozen=True, kw_only=True, array_like=True, tag=10):
-    """Node to gateway: still at it."""
+    """Node to gateway: still at it. Node to hub: the echo that you asked for."""
 
 
 class Heartbeat(Message, frozen=True, kw_only=True, array_like=True, tag=11):
@@ -217,7 +217,10 @@ class HistoryAnswer(Message, frozen=True, kw_only=True, array_like=True, tag=18)
 
 
 class Ping(Message, frozen=True, kw_only=True, array_like=True, tag=19):
-    """Gateway to node: are you still at this attempt? The broker answers itself if the node's connection is gone."""
+    """Gateway to node: are you still at this attempt? The broker answers itself if the node's connection is gone.
+
+    Gateway or hub to node, with an id that begins with `rtt-`: answer at once, so that I see how far you are at most.
+    """
 
     attempt_id: AttemptId
 
@@ -280,5 +283,5 @@ class PutOut(Message, frozen=True, kw_only=True, array_like=True, tag=24):
 
 
 ToNode = Cancel | Credit | Lease | Introduce | Ping
-FromHub = Hold | Introduce
+FromHub = Hold | Introduce | Ping
 ToGateway = Accepted | Part | Final | Alive | Credit

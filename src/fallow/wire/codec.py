@@ -55,6 +55,7 @@ heartbeat = Reader(m.Heartbeat, subjects.HEARTBEAT)
 key_query = Reader(m.KeyQuery, subjects.KEY)
 key_answer = Reader(m.KeyAnswer, subjects.KEY)
 from_hub: Reader[m.FromHub] = Reader(m.FromHub, subjects.HOLD)  # type: ignore[arg-type]
+echo = Reader(m.Alive, subjects.ECHO)
 keys_changed = Reader(m.KeysChanged, subjects.CHANGED)
 put_out = Reader(m.PutOut, subjects.BANNED)
 enrol = Reader(m.Enrol, subjects.ENROL)

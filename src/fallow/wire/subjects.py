@@ -65,7 +65,10 @@ KEY = Subject(
 CHANGED = Subject(template="keys", sender="hub", receivers=("gateway",), carries=(m.KeysChanged,), payload_bytes_max=64 * 1024)
 BANNED = Subject(template="banned", sender="hub", receivers=("gateway",), carries=(m.PutOut,), payload_bytes_max=128 * 1024)
 
-HOLD = Subject(template="n.{node}.hub", sender="hub", receivers=("node",), carries=(m.Hold, m.Introduce), payload_bytes_max=16 * 1024)
+HOLD = Subject(
+    template="n.{node}.hub", sender="hub", receivers=("node",), carries=(m.Hold, m.Introduce, m.Ping), payload_bytes_max=16 * 1024
+)
+ECHO = Subject(template="hub.echo.{node}.{attempt}", sender="node", receivers=("hub",), carries=(m.Alive,), payload_bytes_max=1024)
 DEMAND = Subject(template="hub.demand", sender="gateway", receivers=("hub",), carries=(m.Demand,), payload_bytes_max=64 * 1024)
 INDEX = Subject(template="prices", sender="hub", receivers=("gateway", "node"), carries=(m.Index,))
 HISTORY = Subject(template="hub.prices", sender="gateway", receivers=("hub",), carries=(m.HistoryQuery, m.HistoryAnswer), is_asked=True)
@@ -95,6 +98,7 @@ TABLE = (
     CHANGED,
     BANNED,
     HOLD,
+    ECHO,
     DEMAND,
     INDEX,
     HISTORY,
@@ -103,6 +107,8 @@ TABLE = (
     RENEW_GATEWAY,
 )
 
+ECHO_PREFIX = "rtt-"
+"""Ids of no attempt, by which a node is asked for an echo only, begin so."""
 ID_MAX = 128
 """A subject of three ids stays far below the broker's control line."""
 _FORBIDDEN = frozenset(". *>\t\r\n")
@@ -139,6 +145,10 @@ def answer(gateway: GatewayId, node: NodeId, attempt: AttemptId) -> str:
     return f"rsp.{token(gateway)}.{token(node)}.{token(attempt)}"
 
 
+def echo(node: NodeId, attempt: AttemptId) -> str:
+    return f"hub.echo.{token(node)}.{token(attempt)}"
+
+
 def answers(gateway: GatewayId) -> str:
     return f"rsp.{token(gateway)}.*.*"
 
@@ -157,11 +167,11 @@ HEARTBEATS = HEARTBEAT.pattern
 
 
 def last_token(subject: str) -> str:
-    """The id at a subject's end: the attempt of an answer or a body, the node of a heartbeat."""
+    """The id at a subject's end: the attempt of an answer, an echo or a body, the node of a heartbeat."""
     return subject[subject.rfind(".") + 1 :]
 
 
 def answering_node(subject: str) -> str:
-    """The node that an answer's subject names."""
+    """The node that the subject of an answer or an echo names."""
     parts = subject.split(".")
     return parts[2] if len(parts) == 4 else ""

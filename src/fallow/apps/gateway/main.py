@@ -16,7 +16,7 @@ from fallow.apps.gateway.bans import hear_bans
 from fallow.apps.gateway.caller import Receive, Scope, Send
 from fallow.apps.gateway.calls import Calls
 from fallow.apps.gateway.demand import DemandCount
-from fallow.apps.gateway.distances import Distances
+from fallow.apps.gateway.distances import distances_of
 from fallow.apps.gateway.exchange import Exchange
 from fallow.apps.gateway.history import History
 from fallow.apps.gateway.http import Api
@@ -54,7 +54,7 @@ class Gateway:
         self.exchange = Exchange(gateway_id, bus, clock)
         self.exchange.refused = metrics.answer_refused
         self.roster = Roster(gateway_id, bus, clock, verify=verify, org_of=org_of, refused=metrics.card_refused)
-        self.distances = Distances(self.exchange, self.roster, bus, clock, country)
+        self.distances = distances_of(self.exchange, self.roster, bus, clock, country)
         self.keys = Keys(bus, clock)
         self.calls = Calls(self.exchange, self.roster, clock, metrics)
         self.history = History(clock)

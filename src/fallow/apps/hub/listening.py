@@ -31,7 +31,7 @@ def nothing(card: Card) -> None:
 
 
 class HubRoster:
-    """Who is there, in memory only. `members` is what the hub's desks look at.
+    """Who is there, in memory only. `members` is what the hub's desks look at, `check` whose cards are believed.
 
     `org_of` says whose a card's node is, and is asked for every new card: it must not block. `on_card` is told each card that is
     believed and that the roster doesn't hold yet, on the event loop; it must return at once and must not raise.
@@ -49,7 +49,7 @@ class HubRoster:
         self._bus = bus
         self._clock = clock
         self.cards_refused: Counter[cards.Reason] = Counter()
-        self._check = CardCheck(clock, log, verify, org_of, self._count)
+        self.check = CardCheck(clock, log, verify, org_of, self._count)
         self._on_card = on_card
         self._members: dict[NodeId, core.Member] = {}
         self._strangers: set[NodeId] = set()
@@ -81,6 +81,18 @@ class HubRoster:
         now = self._clock.now_ms()
         return {node_id: member for node_id, member in self._members.items() if not core.is_gone(member, now_ms=now)}
 
+    def card(self, node_id: NodeId) -> Card | None:
+        """What is believed of a node."""
+        member = self._members.get(node_id)
+        return member.card if member else None
+
+    def put_out(self, node_id: NodeId, reason: cards.Reason, why: str) -> None:
+        """The node's card isn't believed any more: the hub's desks see nothing that it offers until it brings one that is."""
+        member = self._members.get(node_id)
+        if member is not None and member.card is not None:
+            self.check.refuse(member.card, reason, why)
+            self._members[node_id] = cards.cardless(member)
+
     def _count(self, reason: cards.Reason) -> None:
         self.cards_refused[reason] += 1
 
@@ -95,14 +107,14 @@ class HubRoster:
             log.warning("a heartbeat was dropped: the hub follows %d nodes at most", NODES_MAX)
             return
         now = self._clock.now_ms()
-        member = core.hear(known, self._check.screened(known, beat), now_ms=now)
+        member = core.hear(known, self.check.screened(known, beat), now_ms=now)
         if core.is_gone(member, now_ms=now):
             self._members.pop(beat.node_id, None)
             return
         self._members[beat.node_id] = member = cards.lapsed(member, now_ms=self._clock.wall_ms())
         card = member.card
         if card is None:
-            if self._check.may_ask(beat.node_id):
+            if self.check.may_ask(beat.node_id):
                 self._strangers.add(beat.node_id)
         elif known is None or card != known.card:
             self._on_card(card)

@@ -19,6 +19,7 @@ from fallow.adapters.price_record import PriceRecord
 from fallow.adapters.sql.registry import open_registry
 from fallow.apps.card_check import vouched_by
 from fallow.apps.hub.card_desk import CardDesk
+from fallow.apps.hub.distances import DistanceDesk
 from fallow.apps.hub.enrolling import LIFE_S, EnrolDesk, watch_bans
 from fallow.apps.hub.founding import found, invite_home, operator_folder, policy_of
 from fallow.apps.hub.keeping import BrokerKeeper, Listening
@@ -86,14 +87,17 @@ class Hub:
         roster = HubRoster(self.bus, self._clock, org_of=vouched_by(self._operator.authority, self._clock), on_card=cards.take)
         prices = PriceDesk(self.bus, roster, PriceRecord(self._settings.data), self._clock)
         placing = Placing(self.bus, roster, self._clock)
+        distances = DistanceDesk(self.bus, roster, self._clock, self._settings.organisation.country)
         async with asyncio.TaskGroup() as group:
             await enrolling.start(group)
             await keys.start(group)
             await roster.start()
+            await distances.start()
             await prices.start(group)
             await placing.start()
             runs = (roster.run(), prices.run(), placing.run(), keys.run(), cards.run(), watch_bans(self._registry, self.put_out))
             desks = [group.create_task(one) for one in runs]
+            desks.append(group.create_task(distances.run()))
             tell.set_result(None)
             await until.wait()
             for desk in desks:

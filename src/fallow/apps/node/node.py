@@ -56,7 +56,8 @@ class Node:
             await self._bus.subscribe(subjects.bodies(node_id), self._on_body)
             await self._bus.subscribe(subjects.control(node_id), self._on_control)
             await self._bus.subscribe(subjects.hold(node_id), self.pulse.on_hub)
-            background += [group.create_task(self.pulse.run(), name="pulse"), group.create_task(self.jobs.tick(), name="tick")]
+            background += [group.create_task(self.pulse.run(), name="pulse"), group.create_task(self.pulse.echo(), name="echo")]
+            background.append(group.create_task(self.jobs.tick(), name="tick"))
             await until.wait()
             await self._leave()
             self.jobs.give_up()

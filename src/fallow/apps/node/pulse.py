@@ -1,4 +1,4 @@
-"""A node's heartbeat: that it lives, how busy it is, and who it is when somebody needs to know."""
+"""A node's heartbeat: that it lives, how busy it is, who it is when somebody needs to know; and its echo when the hub asks for one."""
 
 import asyncio
 import contextlib
@@ -12,6 +12,7 @@ from fallow.core import cards, roster
 from fallow.model import messages as m
 from fallow.model.card import Card
 from fallow.model.errors import BrokerLost, WireError
+from fallow.model.ids import AttemptId
 from fallow.model.offer import Offer
 from fallow.model.owner import Refusals
 from fallow.ports import Bus, Clock, Delivery
@@ -22,6 +23,9 @@ OFFER_LIFE_MS = 24 * 3_600_000
 FIRST_BEATS_MS = 3_000
 FIRST_BEAT_S = 0.2
 """A newcomer beats faster for a moment: gateways that start at the same time hear of it at once."""
+
+ECHOES_WAITING_MAX = 16
+"""Echoes for the hub that aren't sent yet; what is asked beyond that is dropped. A hub asks once a second at most."""
 
 log = logging.getLogger("fallow.node")
 
@@ -39,6 +43,7 @@ class Pulse:
         self._sequence = clock.wall_ms()
         self._asked = asyncio.Event()
         self._refusals = Refusals()
+        self._echoes: asyncio.Queue[AttemptId] = asyncio.Queue(ECHOES_WAITING_MAX)
         self.state: m.NodeState = "run"
 
     def introduce(self) -> None:
@@ -46,12 +51,25 @@ class Pulse:
         self._asked.set()
 
     def on_hub(self, delivery: Delivery) -> None:
-        """The hub doesn't know us yet. Its plans are another's to follow."""
+        """The hub doesn't know us yet, or asks how far we are. Its plans are another's to follow."""
         try:
-            if isinstance(codec.from_hub.read(delivery.data), m.Introduce):
-                self.introduce()
+            message = codec.from_hub.read(delivery.data)
         except WireError as error:
             log.warning("a message of the hub was dropped: %s", error)
+            return
+        if isinstance(message, m.Introduce):
+            self.introduce()
+        elif isinstance(message, m.Ping) and message.attempt_id.startswith(subjects.ECHO_PREFIX) and not self._echoes.full():
+            self._echoes.put_nowait(message.attempt_id)
+
+    async def echo(self) -> None:
+        """Give the hub its echoes until cancelled, each where the subject table says, and nowhere else."""
+        while True:
+            attempt_id = await self._echoes.get()
+            try:
+                await self._bus.publish(subjects.echo(self._card.node_id, attempt_id), codec.encode(m.Alive()))
+            except (BrokerLost, WireError) as error:
+                log.debug("no echo for the hub: %s", error.message)
 
     def change(self, card: Card, refusals: Refusals) -> None:
         """The owner allows something else: everyone gets the card and the offers anew, at once."""
