@@ -13,6 +13,7 @@ from one_key import OneKeyDesk
 from fallow.adapters.memory_bus import MemoryBus
 from fallow.adapters.nkey import make_key
 from fallow.apps import card_check
+from fallow.apps.log_limit import LINES_MAX, LogLimit
 from fallow.apps.gateway import keys
 from fallow.apps.node.node import Node
 from fallow.core import credit
@@ -361,18 +362,25 @@ async def test_only_so_many_refused_cards_are_remembered(monkeypatch: pytest.Mon
         assert asked == [1, 0, 0], "the first was forgotten"
 
 
-async def test_refused_cards_do_not_fill_the_log(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr(card_check, "LOGGED_MAX", 3)
-    async with Network(verify=card_verifies) as network:
-        with caplog.at_level(logging.WARNING):
-            for _ in range(6):
+async def test_refused_cards_do_not_fill_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    """A node's card is logged once for each reason, and of many nodes only so many, by the limit that every log has."""
+    log_limit = LogLimit()
+    caplog.handler.addFilter(log_limit)
+    try:
+        async with Network(verify=card_verifies) as network:
+            with caplog.at_level(logging.WARNING):
                 signer = Signer(network)
-                await signer.beat(unsigned(signer))
-            assert len(caplog.records) == 3 + 1, "the last line says that no more follow"
-            assert await refused(network, "signature") == 6
-            network.clock.advance(card_check.LOGGED_EVERY_MS)
-            await signer.beat(unsigned(signer))
-        assert len(caplog.records) == 5
+                for _ in range(3):
+                    await signer.beat(unsigned(signer))
+                assert len(caplog.records) == 1
+                for _ in range(LINES_MAX + 5):
+                    signer = Signer(network)
+                    await signer.beat(unsigned(signer))
+                assert len(caplog.records) == LINES_MAX
+                assert await refused(network, "signature") == 3 + LINES_MAX + 5
+        assert "left out" in caplog.messages[-1]
+    finally:
+        caplog.handler.removeFilter(log_limit)
 
 
 async def test_real_nodes_are_believed_by_their_keys() -> None:

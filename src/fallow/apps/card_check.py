@@ -16,9 +16,6 @@ REFUSED_MAX = 10_000
 """Refused cards that are remembered, one for each node; the oldest are forgotten first."""
 ASK_AGAIN_MS = 60_000
 """A node whose card was refused isn't asked for it again so soon. A new one that it sends by itself is looked at."""
-LOGGED_MAX = 200
-LOGGED_EVERY_MS = 3_600_000
-"""Lines about refused cards in such a time, at most `LOGGED_MAX`, one for each node and reason; the others are only counted."""
 
 Verify = Callable[[Card], bool]
 OrgOf = Callable[[Card], OrgId | None]
@@ -26,10 +23,11 @@ Impossible = Callable[[Card], str | None]
 
 
 class Refused(NamedTuple):
-    """The last card of a node that wasn't believed."""
+    """The last card of a node that wasn't believed, and for what its cards weren't so far: that has been logged."""
 
     sequence: int
     at_ms: int
+    reasons: frozenset[cards.Reason]
 
 
 def anywhere(card: Card) -> str | None:
@@ -58,8 +56,6 @@ class CardCheck:
         self._count = count
         self.impossible: Impossible = anywhere
         self._refused: dict[NodeId, Refused] = {}
-        self._logged: set[tuple[NodeId, cards.Reason]] = set()
-        self._logged_since_ms = clock.now_ms()
 
     def screened(self, known: Member | None, beat: Heartbeat) -> Heartbeat:
         """The heartbeat, without its card if that isn't believed, and then as if the node still had the card that is known."""
@@ -95,20 +91,16 @@ class CardCheck:
         return refused is None or self._clock.now_ms() - refused.at_ms >= ASK_AGAIN_MS
 
     def refuse(self, card: Card, reason: cards.Reason, more: str = "") -> None:
-        """Count, remember, and say it once; `more` is what is known of this case."""
-        now = self._clock.now_ms()
-        self._refused.pop(card.node_id, None)
+        """Count, remember, and say it once for each node and reason; `more` is what is known of this case.
+
+        That many nodes don't fill the log is up to the log (`log_limit`).
+        """
+        before = self._refused.pop(card.node_id, None)
         if len(self._refused) >= REFUSED_MAX:
             del self._refused[next(iter(self._refused))]
-        self._refused[card.node_id] = Refused(card.sequence, now)
+        said = before.reasons if before is not None else frozenset()
+        self._refused[card.node_id] = Refused(card.sequence, self._clock.now_ms(), said | {reason})
         self._count(reason)
-        if now - self._logged_since_ms >= LOGGED_EVERY_MS:
-            self._logged.clear()
-            self._logged_since_ms = now
-        if (card.node_id, reason) in self._logged or len(self._logged) >= LOGGED_MAX:
-            return
-        self._logged.add((card.node_id, reason))
-        text = f"{cards.TEXTS[reason]}: {more}" if more else cards.TEXTS[reason]
-        self._log.warning("the card of %s is refused: %s", card.node_id, text)
-        if len(self._logged) == LOGGED_MAX:
-            self._log.warning("%d cards are refused; more of them are counted, not logged", LOGGED_MAX)
+        if reason not in said:
+            text = f"{cards.TEXTS[reason]}: {more}" if more else cards.TEXTS[reason]
+            self._log.warning("the card of %s is refused: %s", card.node_id, text)
