@@ -10,6 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from trusted import OpenGround
 
 from fallow.adapters import broker, children
 from fallow.adapters.broker import find_server, start_broker, version_of
@@ -19,7 +20,7 @@ from fallow.model.errors import MissingExtra, StartFailed
 pytestmark = pytest.mark.anyio
 
 HERE = "127.0.0.1"
-SECRET = "a-test-secret"
+GROUND = OpenGround()
 
 
 def fake_server(folder: Path, says: str) -> Path:
@@ -119,22 +120,19 @@ def test_only_an_old_one_says_which_and_names_the_extra(tmp_path: Path, packaged
 
 
 # starting
-async def test_a_broker_listens_where_it_says_and_keeps_its_secret(tmp_path: Path) -> None:
+async def test_a_broker_listens_where_it_says_and_keeps_its_files_to_itself(tmp_path: Path) -> None:
     folder = tmp_path / "a folder" / "broker"
-    running = await start_broker(folder, host=HERE, port=0, secret=SECRET)
+    running = await start_broker(folder, host=HERE, port=0, trust=GROUND.trust)
     try:
         host, _, port = running.address.removeprefix("nats://").rpartition(":")
         assert host == HERE
         assert int(port) > 0
-        config = folder / "broker.conf"
-        assert stat.S_IMODE(config.stat().st_mode) == 0o600
-        assert stat.S_IMODE((folder / "broker.log").stat().st_mode) == 0o600
         assert stat.S_IMODE(folder.stat().st_mode) == 0o700
-        assert SECRET in config.read_text()
-        assert SECRET not in (folder / "broker.log").read_text()
+        files = [folder / "broker.conf", folder / "broker.log", *(folder / "accounts").iterdir()]
+        assert len(files) == 2 + len(GROUND.trust.accounts)
+        assert {stat.S_IMODE(path.stat().st_mode) for path in files} == {0o600}
         pid = pid_of(folder)
-        assert SECRET not in " ".join(psutil.Process(pid).cmdline())
-        bus = NatsBus(running.address, SECRET, "test")
+        bus = NatsBus(running.address, GROUND.member(), "test")
         await bus.connect()
         await bus.close()
     finally:
@@ -142,12 +140,12 @@ async def test_a_broker_listens_where_it_says_and_keeps_its_secret(tmp_path: Pat
     assert not psutil.pid_exists(pid)
 
 
-@pytest.mark.parametrize("secret", ["with space, comma # and {brace}", 'quo"te', "back\\slash", "$HOME"])
-async def test_any_secret_will_do(tmp_path: Path, secret: str) -> None:
-    """FALLOW_SECRET and --secret-file hold what a user wrote."""
-    running = await start_broker(tmp_path / "broker", host=HERE, port=0, secret=secret)
+@pytest.mark.parametrize("name", ["with space, comma # and {brace}", 'quo"te', "back\\slash", "$HOME"])
+async def test_any_folder_will_do(tmp_path: Path, name: str) -> None:
+    """Its path stands in the broker's configuration, and is what the user chose."""
+    running = await start_broker(tmp_path / name, host=HERE, port=0, trust=GROUND.trust)
     try:
-        bus = NatsBus(running.address, secret, "test")
+        bus = NatsBus(running.address, GROUND.member(), "test")
         await bus.connect(within_s=1)
         await bus.close()
     finally:
@@ -156,12 +154,12 @@ async def test_any_secret_will_do(tmp_path: Path, secret: str) -> None:
 
 async def test_a_broker_starts_again_on_the_same_folder_and_port(tmp_path: Path) -> None:
     """What the one before left behind is no sign of life."""
-    first = await start_broker(tmp_path / "broker", host=HERE, port=0, secret=SECRET)
+    first = await start_broker(tmp_path / "broker", host=HERE, port=0, trust=GROUND.trust)
     port = int(first.address.rpartition(":")[2])
     os.kill(pid_of(tmp_path), signal.SIGKILL)
     await first.wait()
     assert list((tmp_path / "broker").glob("*.ports")), "a killed broker leaves its file"
-    second = await start_broker(tmp_path / "broker", host=HERE, port=port, secret=SECRET)
+    second = await start_broker(tmp_path / "broker", host=HERE, port=port, trust=GROUND.trust)
     try:
         assert second.address == first.address
         with socket.create_connection((HERE, port)):
@@ -177,7 +175,7 @@ async def test_a_taken_port_is_told_in_one_line(tmp_path: Path) -> None:
         port = taken.getsockname()[1]
         began = time.monotonic()
         with pytest.raises(StartFailed) as caught:
-            await start_broker(tmp_path / "broker", host=HERE, port=port, secret=SECRET)
+            await start_broker(tmp_path / "broker", host=HERE, port=port, trust=GROUND.trust)
     assert time.monotonic() - began < broker.START_S / 2, "it isn't waited for"
     assert str(port) in caught.value.message
     assert "in use" in caught.value.message
@@ -190,7 +188,7 @@ async def test_one_that_never_listens_is_given_up_and_killed(tmp_path: Path, pac
     fake_server(packaged, f"if [ $1 = --version ]; then echo v9.0.0; else echo $$ > {pid_file}; exec sleep 60; fi")
     put_on_path(monkeypatch, tmp_path / "empty")
     with pytest.raises(StartFailed, match=r"did not start within 0\.2 s"):
-        await start_broker(tmp_path / "broker", host=HERE, port=0, secret=SECRET)
+        await start_broker(tmp_path / "broker", host=HERE, port=0, trust=GROUND.trust)
     assert not pid_file.exists() or not psutil.pid_exists(int(pid_file.read_text()))
 
 
@@ -206,7 +204,7 @@ async def test_a_start_that_is_cancelled_leaves_no_broker(tmp_path: Path, packag
 
     real = children.spawn
     monkeypatch.setattr("fallow.adapters.broker.children.spawn", spawn)
-    starting = asyncio.ensure_future(start_broker(tmp_path / "broker", host=HERE, port=0, secret=SECRET))
+    starting = asyncio.ensure_future(start_broker(tmp_path / "broker", host=HERE, port=0, trust=GROUND.trust))
     deadline = time.monotonic() + 5
     while not (pid_file.exists() and pid_file.read_text().strip()):
         assert time.monotonic() < deadline
@@ -221,7 +219,7 @@ async def test_a_start_that_is_cancelled_leaves_no_broker(tmp_path: Path, packag
 
 # ending
 async def test_waiting_ends_with_the_broker(tmp_path: Path) -> None:
-    running = await start_broker(tmp_path / "broker", host=HERE, port=0, secret=SECRET)
+    running = await start_broker(tmp_path / "broker", host=HERE, port=0, trust=GROUND.trust)
     waiting = asyncio.ensure_future(running.wait())
     await asyncio.sleep(0)
     assert not waiting.done()
@@ -231,8 +229,8 @@ async def test_waiting_ends_with_the_broker(tmp_path: Path) -> None:
 
 
 async def test_stopping_is_quick(tmp_path: Path) -> None:
-    running = await start_broker(tmp_path / "broker", host=HERE, port=0, secret=SECRET)
-    bus = NatsBus(running.address, SECRET, "test")
+    running = await start_broker(tmp_path / "broker", host=HERE, port=0, trust=GROUND.trust)
+    bus = NatsBus(running.address, GROUND.member(), "test")
     await bus.connect()
     began = time.monotonic()
     await running.stop()

@@ -12,16 +12,18 @@ from typing import Any, Protocol
 
 import psutil
 import pytest
+from trusted import OpenGround
 
 from fallow.adapters.broker import Broker, start_broker
 from fallow.adapters.memory_bus import MemoryBroker, MemoryBus
-from fallow.adapters.nats_bus import NatsBus, read_secret
+from fallow.adapters.nats_bus import NatsBus
+from fallow.adapters.nkey import Credentials, make_key
 from fallow.model.errors import BrokerLost, StartFailed
 from fallow.ports import Bus, Delivery
 
 pytestmark = pytest.mark.anyio
 
-SECRET = "a-test-secret"
+GROUND = OpenGround()
 WITHIN_S = 5.0
 POLL_S = 0.002
 AT_ONCE_S = 0.5
@@ -83,7 +85,7 @@ class NatsSide:
         return next(p.pid for p in psutil.Process().children() if str(self._folder) in " ".join(p.cmdline()))
 
     async def connect(self) -> NatsBus:
-        bus = NatsBus(self.broker.address, SECRET, "test")
+        bus = NatsBus(self.broker.address, GROUND.member(), "test")
         self._buses.append(bus)
         await bus.connect()
         return bus
@@ -93,8 +95,8 @@ class NatsSide:
         await self.broker.wait()
         await until(lambda: not any(bus.is_up() for bus in self._buses), what="the loss is noticed")
 
-    async def mend(self, secret: str = SECRET) -> None:
-        self._broker = await start_broker(self._folder, host="127.0.0.1", port=self._port, secret=secret)
+    async def mend(self) -> None:
+        self._broker = await start_broker(self._folder, host="127.0.0.1", port=self._port, trust=GROUND.trust)
         self._port = int(self._broker.address.rpartition(":")[2])
 
     async def close_all(self) -> None:
@@ -427,21 +429,22 @@ async def test_closing_is_no_loss(side: Side) -> None:
 
 
 # a real broker only
-@pytest.mark.parametrize("secret", ["wrong", ""])
-async def test_a_wrong_secret_is_refused_in_one_line(shared: NatsSide, secret: str) -> None:
-    bus = NatsBus(shared.broker.address, secret, "test")
-    with pytest.raises(StartFailed) as caught:
-        await bus.connect(within_s=0.3)
+async def test_a_credential_of_elsewhere_is_told_as_refused_in_one_line(shared: NatsSide) -> None:
+    login = OpenGround().member()
+    bus = NatsBus(shared.broker.address, login, "test")
+    with pytest.raises(StartFailed, match="it refused us; our credential") as caught:
+        await bus.connect(within_s=5)
     assert "\n" not in caught.value.message
     assert shared.broker.address in caught.value.message
-    assert SECRET not in caught.value.message
+    assert login.jwt not in caught.value.message
     await bus.close()
 
 
-async def test_a_wrong_secret_is_told_as_such(shared: NatsSide) -> None:
-    bus = NatsBus(shared.broker.address, "wrong", "test")
-    with pytest.raises(StartFailed, match=r"(?i)authorization|secret"):
+async def test_a_credential_that_can_not_be_read_is_told_as_such(shared: NatsSide) -> None:
+    bus = NatsBus(shared.broker.address, Credentials("a-secret-word", make_key("user")), "test")
+    with pytest.raises(StartFailed, match="not a credential of the broker") as caught:
         await bus.connect(within_s=0.3)
+    assert "a-secret-word" not in caught.value.message
     await bus.close()
 
 
@@ -454,7 +457,7 @@ def nobody() -> Iterator[str]:
 
 
 async def test_a_broker_that_is_not_there_is_named_in_one_line(nobody: str) -> None:
-    bus = NatsBus(nobody, SECRET, "test")
+    bus = NatsBus(nobody, GROUND.member(), "test")
     with pytest.raises(StartFailed) as caught:
         await bus.connect(within_s=0.3)
     assert "\n" not in caught.value.message
@@ -464,7 +467,7 @@ async def test_a_broker_that_is_not_there_is_named_in_one_line(nobody: str) -> N
 
 
 async def test_a_refused_connection_is_told_as_such(nobody: str) -> None:
-    bus = NatsBus(nobody, SECRET, "test")
+    bus = NatsBus(nobody, GROUND.member(), "test")
     with pytest.raises(StartFailed, match=r"(?i)refused|nobody|connect call failed"):
         await bus.connect(within_s=0.3)
     await bus.close()
@@ -475,7 +478,7 @@ async def test_what_answers_but_is_no_broker_is_given_up_in_time() -> None:
     accepted: list[asyncio.StreamWriter] = []
     server = await asyncio.start_server(lambda _, writer: accepted.append(writer), "127.0.0.1", 0)
     async with server:
-        bus = NatsBus(f"nats://127.0.0.1:{server.sockets[0].getsockname()[1]}", SECRET, "test")
+        bus = NatsBus(f"nats://127.0.0.1:{server.sockets[0].getsockname()[1]}", GROUND.member(), "test")
         with pytest.raises(StartFailed) as caught:
             await bus.connect(within_s=0.2)
         assert "\n" not in caught.value.message
@@ -517,7 +520,7 @@ async def played() -> AsyncIterator[PlayedBroker]:
 
 async def test_the_broker_knows_a_subscription_when_subscribe_returns(played: PlayedBroker) -> None:
     """Else what others publish then may pass by: seen in 2 of 100 runs on a busy machine."""
-    bus = NatsBus(played.address, SECRET, "test")
+    bus = NatsBus(played.address, GROUND.member(), "test")
     await bus.connect()
     await bus.subscribe("a", Ear())
     said = list(played.said[0])
@@ -529,7 +532,7 @@ async def test_the_broker_knows_a_subscription_when_subscribe_returns(played: Pl
 async def test_a_client_that_gives_up_is_replaced_with_all_its_subscriptions(played: PlayedBroker, monkeypatch: pytest.MonkeyPatch) -> None:
     """The client closes itself for good when a broker that it's connected to sends an error; the bus makes a new one."""
     monkeypatch.setattr("fallow.adapters.nats_bus.REBUILD_WAIT_S", (0.01, 0.02))
-    bus = NatsBus(played.address, SECRET, "test")
+    bus = NatsBus(played.address, GROUND.member(), "test")
     lost: list[bool] = []
     bus.on_lost(lambda: lost.append(True))
     await bus.connect()
@@ -563,10 +566,3 @@ async def test_a_broker_that_hangs_is_noticed(tmp_path: Path, monkeypatch: pytes
     finally:
         os.kill(side.pid, signal.SIGCONT)
         await side.end()
-
-
-def test_a_secret_is_read_without_its_line_end(tmp_path: Path) -> None:
-    (tmp_path / "secret").write_text(f"{SECRET}\n")
-    assert read_secret(tmp_path / "secret") == SECRET
-    with pytest.raises(StartFailed, match="no-secret"):
-        read_secret(tmp_path / "no-secret")

@@ -9,15 +9,18 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import msgspec
 import pytest
 from nats import errors
+from nats.aio.client import Client
 from nats.aio.msg import Msg
 from trusted import DAY_S, HERE, Site, Tap, until
 
 from fallow.adapters.broker import start_broker
 from fallow.adapters.nats_bus import NatsBus, push_accounts
 from fallow.adapters.nkey import Credentials, KeyPair, make_key
-from fallow.adapters.operator import REVOKED_AHEAD_S, REVOKED_MAX, Operator
+from fallow.adapters.operator import REVOKED_AHEAD_S, REVOKED_KEPT_S, REVOKED_MAX, BrokerTrust, Operator, is_offline
+from fallow.apps.hub.enrolling import LIFE_S
 from fallow.model.errors import BrokerLost, StartFailed, WireError
 from fallow.ports import Delivery
 from fallow.wire import jwt, permissions, subjects
@@ -273,11 +276,11 @@ async def test_the_doors_jwt_is_enough(site: Site) -> None:
 
 # who is let in
 async def test_without_a_credential_nobody_is_let_in(site: Site) -> None:
-    for login in ("", "a word"):
-        bus = NatsBus(site.broker.address, login, "stranger")
-        with pytest.raises(StartFailed, match="refused"):
-            await bus.connect(within_s=2)
-        await bus.close()
+    for options in ({}, {"token": "a word"}, {"user": "hub", "password": ""}):
+        client = Client()
+        with pytest.raises(REFUSED):
+            await client.connect(servers=[site.broker.address], allow_reconnect=False, **options)
+        await client.close()
 
 
 def with_claims(change: Callable[[dict[str, Any]], None]) -> Callable[[Site, Credentials], str]:
@@ -576,15 +579,77 @@ async def test_members_come_in_while_the_operators_keys_are_elsewhere(tmp_path: 
         await broker.stop()
 
 
-def test_a_ban_needs_the_operators_key(tmp_path: Path) -> None:
+def revoked_in(trust: BrokerTrust, operator: Operator, name: str = "NODES") -> dict[str, int]:
+    """Whom an account puts out."""
+    return dict(jwt.claims_of(trust.accounts[operator._accounts[name]]).nats.get("revocations", {}))  # type: ignore[index]
+
+
+def test_bans_and_their_ends_wait_for_the_operators_key(tmp_path: Path) -> None:
+    """Until then what was signed last is what the broker is told."""
+    operator, now = Operator.open(tmp_path), 10**9
+    out, stays = make_key("user").public, make_key("user").public
+    trusted = operator.trust({out: now, stays: now}, now_s=now)
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    assert not is_offline(tmp_path)
+    (tmp_path / "operator.seed").rename(kept / "operator.seed")
+    for path in tmp_path.glob("account-*.seed"):
+        path.rename(kept / path.name)
     operator = Operator.open(tmp_path)
-    operator.trust({})
-    take_offline(tmp_path)
+    assert is_offline(tmp_path)
     banned = make_key("user").public
-    with pytest.raises(StartFailed) as caught:
-        operator.trust({banned: 1})
-    assert "operator.seed" in caught.value.message
+    waiting = operator.trust({banned: now + 1, stays: now}, now_s=now + 2)
+    assert waiting.accounts == trusted.accounts
+    assert waiting.unsigned == {banned, out}
+    assert operator.trust({banned: now + 1, stays: now}, now_s=now + 2) == waiting
+    assert operator.trust({out: now, stays: now + 5}, now_s=now + 6).unsigned == {stays}, "out, let in, and out again"
+
+    (kept / "operator.seed").rename(tmp_path / "operator.seed")
+    after = operator.trust({banned: now + 1, stays: now}, now_s=now + 3)
+    assert after.unsigned == frozenset()
+    assert revoked_in(after, operator).keys() == {banned, stays}
+
+
+@pytest.mark.parametrize("change", ["version", "gone", "damaged"])
+def test_another_change_can_not_wait_for_the_operators_key(tmp_path: Path, change: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    operator = Operator.open(tmp_path)
+    banned = make_key("user").public
+    operator.trust({banned: now_s()})
+    (tmp_path / "operator.seed").unlink()
+    path = tmp_path / "account-NODES.jwt"
+    match change:
+        case "version":
+            nodes = msgspec.structs.replace(permissions.LIMITS["NODES"], subscriptions_max=1)
+            monkeypatch.setattr("fallow.adapters.operator.LIMITS", {**permissions.LIMITS, "NODES": nodes})
+        case "gone":
+            path.unlink()
+        case _:
+            claims = decoded(path.read_text())
+            claims["nats"]["revocations"] = ["everybody"]
+            path.write_text(jwt.encode(claims, make_key("operator").public, make_key("operator").sign))
+    with pytest.raises(StartFailed, match=r"account NODES must be signed anew .* bring the operator's key back") as caught:
+        operator.trust({banned: now_s()})
+    assert str(tmp_path / "operator.seed") in caught.value.message
     assert "\n" not in caught.value.message
+
+
+def test_a_ban_is_forgotten_once_all_that_it_puts_out_has_run_out(tmp_path: Path) -> None:
+    """A credential of the last moment, by a hub whose clock ran a day ahead, and a broker whose clock is ten minutes late."""
+    operator, at_s = Operator.open(tmp_path), 10**9
+    old, new = make_key("user").public, make_key("user").public
+    assert REVOKED_KEPT_S >= REVOKED_AHEAD_S + LIFE_S + 2 * 600
+    last_s = at_s + REVOKED_KEPT_S - 1
+    first = operator.trust({old: at_s, new: last_s}, now_s=last_s)
+    assert revoked_in(first, operator) == {old: at_s + REVOKED_AHEAD_S, new: last_s + REVOKED_AHEAD_S}
+    (tmp_path / "operator.seed").rename(tmp_path / "elsewhere")
+    later = operator.trust({old: at_s, new: last_s}, now_s=last_s + 1)
+    assert (later.accounts, later.unsigned) == (first.accounts, frozenset()), "nothing is missing: one too many does no harm"
+    assert operator.trust({new: last_s}, now_s=last_s + 1).unsigned == frozenset(), "taken back: what is new is let in already"
+    (tmp_path / "elsewhere").rename(tmp_path / "operator.seed")
+    pruned = operator.trust({old: at_s, new: last_s}, now_s=last_s + 1)
+    assert revoked_in(pruned, operator) == revoked_in(pruned, operator, "GATEWAYS") == {new: last_s + REVOKED_AHEAD_S}
+    back = operator.trust({old: at_s, new: last_s}, now_s=last_s - 600)
+    assert old in revoked_in(back, operator), "the clock was set back"
 
 
 @pytest.mark.parametrize("gone", ["signing-NODES.seed", "account-NODES.*"])
@@ -606,7 +671,7 @@ def test_a_credential_is_for_a_users_key_only(tmp_path: Path) -> None:
 def test_the_newest_bans_are_told_and_only_where_the_banned_are(tmp_path: Path) -> None:
     operator = Operator.open(tmp_path)
     banned = {f"U{number:055d}": number for number in range(REVOKED_MAX + 10)}
-    trust = operator.trust(banned)
+    trust = operator.trust(banned, now_s=REVOKED_MAX)
     for public, text in trust.accounts.items():
         revoked = jwt.claims_of(text).nats.get("revocations", {})
         where = {operator._accounts[name] for name in ("NODES", "GATEWAYS")}

@@ -15,6 +15,7 @@ from trusted import HERE, Site, until
 from fallow.adapters.broker import start_broker
 from fallow.adapters.certificates import RENEW_DAYS, SERVER_DAYS, TlsFiles, ca_pem, kept_certificate
 from fallow.adapters.nats_bus import NatsBus, Reach
+from fallow.adapters.nkey import Credentials, make_key
 from fallow.adapters.operator import Operator
 from fallow.model.errors import BadSetting, StartFailed
 from fallow.ports import Delivery
@@ -190,7 +191,7 @@ async def test_a_proxy_that_is_not_there_is_told(closed: Site, authority: Path) 
 @pytest.mark.parametrize("address", ["nats://h:1", "tls://h:1", "ws://h:1"])
 def test_only_a_closed_websocket_goes_through_a_proxy(address: str) -> None:
     with pytest.raises(BadSetting, match="wss://"):
-        NatsBus(address, "", "n", reach=Reach(proxy="http://p:1"))
+        NatsBus(address, Credentials("", make_key("user")), "n", reach=Reach(proxy="http://p:1"))
 
 
 # where it listens

@@ -12,7 +12,8 @@ from nats.aio.msg import Msg
 
 from fallow.adapters.broker import Broker, start_broker
 from fallow.adapters.nkey import Credentials, KeyPair, make_key
-from fallow.adapters.operator import Operator
+from fallow.adapters.operator import BrokerTrust, Operator
+from fallow.wire import jwt
 from fallow.wire.subjects import Role
 
 HERE = "127.0.0.1"
@@ -46,6 +47,41 @@ class Site:
         key = key or make_key("user")
         issued_s = int(time.time()) if now_s is None else now_s
         return Credentials(self.operator.credential(role, key.public, now_s=issued_s, life_s=life_s), key)
+
+
+class OpenGround:
+    """A broker's trust with one account, whose members may say and hear everything: for what holds whatever the subject is."""
+
+    def __init__(self) -> None:
+        operator, system, self._account, self._signing = (make_key(kind) for kind in ("operator", "account", "account", "account"))
+        now_s = int(time.time())
+        free = jwt.scope(
+            self._signing.public,
+            role="anyone",
+            publish=[">"],
+            subscribe=[">"],
+            subscriptions_max=-1,
+            payload_bytes_max=-1,
+            bearer=False,
+        )
+
+        def account(key: KeyPair, scopes: list[dict[str, Any]]) -> str:
+            body = jwt.account_body(exports=[], imports=[], connections_max=-1, scopes=scopes, bearer=False, revoked={})
+            claims = jwt.account_claims(key.public, name="account", body=body, issued_at_s=now_s)
+            return jwt.encode(claims, operator.public, operator.sign)
+
+        said = jwt.operator_claims(operator.public, name="test", system_account=system.public, issued_at_s=now_s)
+        self.trust = BrokerTrust(
+            operator=jwt.encode(said, operator.public, operator.sign),
+            system_account=system.public,
+            accounts={system.public: account(system, []), self._account.public: account(self._account, [free])},
+        )
+
+    def member(self) -> Credentials:
+        """Somebody new."""
+        key, issued_s = make_key("user"), int(time.time())
+        claims = jwt.user_claims(key.public, name="anyone", account=self._account.public, issued_at_s=issued_s, expires_at_s=None)
+        return Credentials(jwt.encode(claims, self._signing.public, self._signing.sign), key)
 
 
 class Tap:

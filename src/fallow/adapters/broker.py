@@ -33,7 +33,7 @@ _VERSION = re.compile(r"v(\d+)\.(\d+)\.(\d+)")
 CONFIG = """\
 server_name: "fallow"
 listen: "{listen}"
-{login}
+{operator}
 {more}
 ports_file_dir: "{folder}"
 log_file: "{folder}/broker.log"
@@ -53,7 +53,6 @@ TLS = 'tls {{ cert_file: "{certificate}", key_file: "{key}", min_version: "1.3",
 FIRST = ', handshake_first: "300ms"'
 """Our clients begin with TLS at once; others hear the broker's greeting after this and may then begin."""
 WEBSOCKET = 'websocket {{ listen: "{listen}", {tls}, compression: false, handshake_timeout: "2s" }}'
-SHARED = 'authorization {{ token: "{secret}", timeout: 2 }}'
 OPERATOR = """\
 operator: "{operator}"
 system_account: "{system}"
@@ -113,15 +112,14 @@ async def start_broker(
     *,
     host: str,
     port: int,
-    secret: str = "",
-    trust: BrokerTrust | None = None,
+    trust: BrokerTrust,
     tls: TlsFiles | None = None,
     websocket_port: int | None = None,
     plain_ok: bool = False,
 ) -> Broker:
     """Start a broker on `host:port` (0: any free port); raises StartFailed in one line.
 
-    It lets in whom `trust` does, else who knows the secret. A WebSocket listener is there if its port is given (0: any free one).
+    It lets in whom `trust` does. A WebSocket listener is there if its port is given (0: any free one).
     Without `tls` it listens on this machine only, unless `plain_ok`: what is said would be open to everyone between.
     """
     if tls is None and not plain_ok and not _is_loopback(host):
@@ -134,11 +132,11 @@ async def start_broker(
     for stale in folder.glob("*.ports"):
         stale.unlink()
     config = folder / "broker.conf"
-    login = SHARED.format(secret=_quoted(secret)) if trust is None else await asyncio.to_thread(_trusting, folder, trust)
+    operator = await asyncio.to_thread(_trusting, folder, trust)
     more = _encryption(tls, host, websocket_port)
     text = CONFIG.format(
         listen=_joined(host, port),
-        login=login,
+        operator=operator,
         more=more,
         folder=_quoted(str(folder)),
         log_bytes_max=LOG_BYTES_MAX,

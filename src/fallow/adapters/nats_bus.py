@@ -6,7 +6,6 @@ import logging
 import random
 import ssl
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from urllib.parse import urlsplit
 
 import msgspec
@@ -16,10 +15,10 @@ from fallow.adapters.nats_handover import Handover, Listening
 from fallow.adapters.nats_link import Link, Plan, Reach
 from fallow.adapters.nkey import Credentials
 from fallow.model.errors import BadSetting, BrokerLost, StartFailed, shortened
-from fallow.ports import Hear
-from fallow.wire.permissions import CLAIMS_UPDATE
+from fallow.ports import Delivery, Hear
+from fallow.wire.permissions import CLAIMS_UPDATE, LOGIN_REFUSED
 
-__all__ = ["NatsBus", "Reach", "push_accounts", "read_secret"]
+__all__ = ["NatsBus", "Reach", "hear_refused_logins", "push_accounts"]
 
 CONNECT_S = 2
 CONNECT_AGAIN_S = (0.02, 0.1)
@@ -47,10 +46,10 @@ def _drawn(bounds: tuple[float, float]) -> float:
 class NatsBus:
     """One connection, which comes back by itself with its subscriptions. What was under way when it broke is lost.
 
-    `login` is a shared secret, or what an operator signed. `renew` moves to a new credential without a gap.
+    `renew` moves to a new credential without a gap.
     """
 
-    def __init__(self, address: str, login: str | Credentials, name: str, *, reach: Reach | None = None) -> None:
+    def __init__(self, address: str, login: Credentials, name: str, *, reach: Reach | None = None) -> None:
         self._address = address
         self._login = login
         self._name = name
@@ -87,7 +86,7 @@ class NatsBus:
                             raise
                     await asyncio.sleep(_drawn(CONNECT_AGAIN_S))
         except _FAULTS as error:
-            raise StartFailed(f"could not join the broker at {self._address}: {_reason(told or error, self._login)}") from None
+            raise StartFailed(f"could not join the broker at {self._address}: {_reason(told or error)}") from None
 
     async def _open(self) -> None:
         """A connection with all subscriptions in force. One that gets only half-way is closed, else it would hear everything twice."""
@@ -104,7 +103,7 @@ class NatsBus:
         if not link.is_up:
             self._ended(link)
 
-    def _made(self, login: str | Credentials) -> Link:
+    def _made(self, login: Credentials) -> Link:
         plan = Plan(
             address=self._address,
             name=self._name,
@@ -137,7 +136,7 @@ class NatsBus:
                         await self._open()
                 except Exception as error:  # noqa: BLE001  (the outermost loop of the connection: it must come back whatever happens)
                     refused = refused + 1 if _is_refusal(error) else 0
-                    log.info("no connection to the broker yet: %s", _reason(error, self._login))
+                    log.info("no connection to the broker yet: %s", _reason(error))
                 if self.is_up():
                     return
 
@@ -159,7 +158,7 @@ class NatsBus:
         try:
             await self._connected().publish(subject, data, reply)
         except (errors.Error, OSError) as error:
-            raise BrokerLost(f"the broker did not take a message: {_reason(error, self._login)}") from None
+            raise BrokerLost(f"the broker did not take a message: {_reason(error)}") from None
 
     async def subscribe(self, subject: str, hear: Hear, *, group: str = "") -> None:
         self._connected()
@@ -172,7 +171,7 @@ class NatsBus:
                     self._subscriptions.append(Listening(subject, hear, group))
                     self._numbers.append(number)
         except _FAULTS as error:
-            raise BrokerLost(f"could not listen at {subject}: {_reason(error, self._login)}") from None
+            raise BrokerLost(f"could not listen at {subject}: {_reason(error)}") from None
 
     async def request(self, subject: str, data: bytes, *, within_s: float) -> bytes:
         if not self._free.is_set():
@@ -180,7 +179,7 @@ class NatsBus:
         try:
             return await self._connected().ask(subject, data, within_s)
         except _FAULTS as error:
-            raise BrokerLost(f"no answer on {subject}: {_reason(error, self._login)}") from None
+            raise BrokerLost(f"no answer on {subject}: {_reason(error)}") from None
 
     async def renew(self, credentials: Credentials) -> None:
         """Go on with a new credential of the same key: without a gap, a double or a loss, and without telling of a loss.
@@ -204,7 +203,7 @@ class NatsBus:
                 for number, one in zip(self._numbers, self._subscriptions, strict=True):
                     old.hear_with(number, one.hear)
                 if isinstance(error, _FAULTS):
-                    raise BrokerLost(f"could not go on with a new credential: {_reason(error, credentials)}") from None
+                    raise BrokerLost(f"could not go on with a new credential: {_reason(error)}") from None
                 raise
             if not await self._move(old, new, numbers, credentials, handover):
                 for tell in self._tell:
@@ -256,13 +255,12 @@ def _note(error: Exception) -> None:
         log.warning("the broker refused: %s", shortened(str(error).removeprefix("nats: ")))
 
 
-def _reason(error: Exception, login: str | Credentials) -> str:
+def _reason(error: Exception) -> str:
     if isinstance(error, ssl.SSLCertVerificationError):
         said = getattr(error, "verify_message", "")  # set by OpenSSL only
         return f"its certificate isn't one that we believe ({said}); is the authority's certificate right?"
     if _is_refusal(error):
-        why = "is the secret right?" if isinstance(login, str) else "our credential ran out, was revoked, or is not for it"
-        return f"it refused us; {why}"
+        return "it refused us; our credential ran out, was revoked, or is not for it"
     return str(error).removeprefix("nats: ") or type(error).__name__
 
 
@@ -297,9 +295,26 @@ async def push_accounts(bus: NatsBus, jwts: Iterable[str]) -> None:
             raise StartFailed(f"the broker didn't take an account's new JWT: {why or 'no reason given'}")
 
 
-def read_secret(path: Path) -> str:
-    """The shared secret of a broker; raises StartFailed if it isn't there."""
-    try:
-        return path.read_text().strip()
-    except OSError as error:
-        raise StartFailed(f"could not read the broker's secret from {path}: {error.strerror}") from None
+class _Client(msgspec.Struct):
+    jwt: str = ""
+
+
+class _RefusedLogin(msgspec.Struct):
+    """What the broker says of a login that it refuses; never why."""
+
+    client: _Client
+
+
+async def hear_refused_logins(bus: NatsBus, tell: Callable[[str], None]) -> None:
+    """Tell of each login that the broker refuses from now on, with the credential shown, or nothing; `bus` is the system user's.
+
+    The credential is what a stranger sent: nobody has checked it. Raises BrokerLost.
+    """
+
+    def hear(delivery: Delivery) -> None:
+        try:
+            tell(msgspec.json.decode(delivery.data, type=_RefusedLogin).client.jwt)
+        except (msgspec.DecodeError, UnicodeDecodeError):
+            log.warning("what the broker says of a refused login can't be read")
+
+    await bus.subscribe(LOGIN_REFUSED, hear)

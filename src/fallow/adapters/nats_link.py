@@ -61,11 +61,11 @@ class Reach(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
-    """What a connection is made with. `login` is a shared secret, or what an operator gave. Times in seconds."""
+    """What a connection is made with. Times in seconds."""
 
     address: str
     name: str
-    login: str | Credentials
+    login: Credentials
     reach: Reach
     connect_s: float
     ping_s: float
@@ -90,7 +90,7 @@ class Link:
         plan = self._plan
         client = self._client
         scheme = urlsplit(plan.address).scheme
-        options: dict[str, Any] = {}
+        options = _login(plan.login)
         if scheme in ("tls", "wss"):
             options["tls"] = plan.reach.tls()
             options["tls_handshake_first"] = scheme == "tls"
@@ -104,7 +104,6 @@ class Link:
                 max_outstanding_pings=plan.pings_missed_max,
                 pending_size=0,  # while disconnected nothing is kept: a call must fail now, not run later for nobody
                 error_cb=self._hear_error,
-                **_login(plan.login),
                 **options,
             )
         except BaseException:
@@ -183,10 +182,8 @@ class Link:
                 await self._client.close()
 
 
-def _login(login: str | Credentials) -> dict[str, Any]:
+def _login(login: Credentials) -> dict[str, Any]:
     """What nats-py is told of who we are. The inbox is named by the JWT's subject: nobody may listen to another's."""
-    if isinstance(login, str):
-        return {"token": login or None}
     try:
         inbox = claims_of(login.jwt).sub
     except WireError as error:

@@ -1,7 +1,8 @@
 """The hub's side of the broker's trust: its operator, the accounts, and the keys that sign who may come in.
 
 The operator's key signs accounts and is needed when they change: at the start, after an update of Fallow, for a ban. The accounts' own
-keys sign nothing after the start. Both may be taken away from the machine; the signing keys alone let members in.
+keys sign nothing after the start. Both may be taken away from the machine; the signing keys alone let members in. A ban that is made
+meanwhile waits for the operator's key.
 """
 
 import time
@@ -20,23 +21,30 @@ from fallow.wire.permissions import ACCOUNT_OF, LIMITS, Account
 from fallow.wire.subjects import Role
 
 REVOKED_MAX = 2_000
-"""Bans that the broker knows of: the newest. About 70 bytes each, in an account's JWT that must fit into one message.
-
-One that is older than a credential's life isn't needed there: what it put out has run out.
-"""
+"""Bans that the broker knows of: the newest. About 70 bytes each, in an account's JWT that must fit into one message."""
 REVOKED_AHEAD_S = 86_400
 """A ban also ends credentials that a clock which ran ahead dated up to a day after it. Who is taken back in is off the list."""
+LIFE_S_MAX = 86_400
+"""No credential of a member is made for longer."""
+CLOCKS_S = 1_200
+"""Two clocks that are ten minutes off, one each way: the one by which a ban was dated, and the one by which it is forgotten."""
+REVOKED_KEPT_S = REVOKED_AHEAD_S + LIFE_S_MAX + CLOCKS_S
+"""How long the broker knows of a ban: all that it puts out has run out by then. The banned get nothing new: the registry remembers."""
 NAME = "fallow"
 _BANNED_FROM: tuple[Account, ...] = ("NODES", "GATEWAYS")
 _ROLE_NAMES: Mapping[Account, str] = {**{account: role for role, account in ACCOUNT_OF.items()}, "SYSTEM": "system"}
 
 
 class BrokerTrust(msgspec.Struct, frozen=True, kw_only=True):
-    """Whom a broker trusts. `accounts` are JWTs by the account's public key; `system_account` is one of those keys."""
+    """Whom a broker trusts. `accounts` are JWTs by the account's public key; `system_account` is one of those keys.
+
+    `unsigned` are banned users whom the accounts let in, and users taken back whom they don't: the operator's key isn't here to sign it.
+    """
 
     operator: str
     system_account: str
     accounts: Mapping[str, str]
+    unsigned: frozenset[str] = frozenset()
 
 
 class Operator:
@@ -64,36 +72,55 @@ class Operator:
             signing[name] = kept_key(path, "account")
         return cls(folder, _read(folder / "operator.jwt"), accounts, signing)
 
-    def trust(self, revoked: Mapping[str, int]) -> BrokerTrust:
+    @property
+    def key_file(self) -> Path:
+        """Where the operator's key lies while it is here. The accounts' own keys need not be back for a ban."""
+        return _key_file(self._folder)
+
+    def trust(self, revoked: Mapping[str, int], *, now_s: int | None = None) -> BrokerTrust:
         """What the broker is to know; `revoked` are banned users' public keys and when they were banned (UTC seconds).
 
         An account's JWT is kept as long as it says what it should; a new one is always dated later than the one before, since the
-        broker drops older ones. Raises StartFailed if a new one is needed and the operator's key isn't here.
+        broker drops older ones. While the operator's key isn't here, the kept ones stay, if only bans came or went. Raises StartFailed
+        if anything else must change then. `now_s` is UTC, by this machine's clock if None.
         """
-        newest = sorted(revoked.items(), key=lambda one: (-one[1], one[0]))[:REVOKED_MAX]
+        now_s = int(time.time()) if now_s is None else now_s
+        live = {public: at_s for public, at_s in revoked.items() if at_s > now_s - REVOKED_KEPT_S}
+        newest = sorted(live.items(), key=lambda one: (-one[1], one[0]))[:REVOKED_MAX]
         banned = {public: at_s + REVOKED_AHEAD_S for public, at_s in newest}
-        accounts = {self._accounts[name]: self._account(name, banned if name in _BANNED_FROM else {}) for name in LIMITS}
-        return BrokerTrust(operator=self._operator, system_account=self._accounts["SYSTEM"], accounts=accounts)
+        accounts: dict[str, str] = {}
+        unsigned: set[str] = set()
+        for name in LIMITS:
+            wanted = banned if name in _BANNED_FROM else {}
+            accounts[self._accounts[name]], said = self._account(name, wanted, now_s)
+            unsigned |= {public for public, until_s in wanted.items() if said.get(public) != until_s}
+            unsigned |= {public for public, until_s in said.items() if public not in revoked and until_s > now_s - CLOCKS_S}
+        return BrokerTrust(
+            operator=self._operator, system_account=self._accounts["SYSTEM"], accounts=accounts, unsigned=frozenset(unsigned)
+        )
 
-    def _account(self, name: Account, revoked: Mapping[str, int]) -> str:
-        """The kept JWT of an account, or a new one if that says something else than it should."""
+    def _account(self, name: Account, revoked: Mapping[str, int], now_s: int) -> tuple[str, Mapping[str, int]]:
+        """The kept JWT of an account, or a new one if that says something else than it should; and whom it revokes."""
         body = self._body(name, revoked)
         path = self._folder / f"account-{name}.jwt"
         kept = _claims(path)
         if kept is not None and kept.nats == body and kept.sub == self._accounts[name]:
-            return _read(path)
-        key_path = self._folder / "operator.seed"
-        if not key_path.exists():
+            return _read(path), revoked
+        if not self.key_file.exists():
+            if kept is not None and kept.sub == self._accounts[name]:
+                said = _revoked(kept)
+                if kept.nats == self._body(name, said):
+                    return _read(path), said
             raise StartFailed(
-                f"account {name} must change (a ban, or another version of Fallow), and {key_path} isn't here to sign that; "
+                f"account {name} must be signed anew (its JWT is gone, or of another version of Fallow), and {self.key_file} isn't here to sign that; "
                 "bring the operator's key back for it"
             )
-        operator = kept_key(key_path, "operator")
-        issued_at_s = max(int(time.time()), 0 if kept is None else kept.iat + 1)
+        operator = kept_key(self.key_file, "operator")
+        issued_at_s = max(now_s, 0 if kept is None else kept.iat + 1)
         claims = jwt.account_claims(self._accounts[name], name=name, body=body, issued_at_s=issued_at_s)
         text = jwt.encode(claims, operator.public, operator.sign)
         write_private(path, text + "\n")
-        return text
+        return text, revoked
 
     def _body(self, name: Account, revoked: Mapping[str, int]) -> dict[str, Any]:
         links = permissions.links()[name]
@@ -139,6 +166,11 @@ class Operator:
         """The public key that vouches for members."""
         return self._signing["NODES"].public
 
+    @property
+    def issuers(self) -> frozenset[str]:
+        """The public keys that sign users' credentials."""
+        return frozenset(key.public for key in self._signing.values())
+
     def vouch(self, public_key: str, org_id: OrgId, until_s: int) -> bytes:
         """That a member belongs to an organisation until then (UTC seconds)."""
         return self._signing["NODES"].sign(sign.member_bytes(public_key, org_id, until_s))
@@ -170,9 +202,26 @@ class Operator:
         return Credentials(text, key)
 
 
+def is_offline(folder: Path) -> bool:
+    """Whether the operator of this folder keeps its key elsewhere, so that bans wait for it."""
+    return (folder / "operator.jwt").exists() and not _key_file(folder).exists()
+
+
+def _key_file(folder: Path) -> Path:
+    return folder / "operator.seed"
+
+
+def _revoked(kept: jwt.Claims) -> dict[str, int]:
+    """Whom a kept account revokes. It is our own word, but files get damaged."""
+    try:
+        return msgspec.convert(kept.nats.get("revocations", {}), dict[str, int])
+    except msgspec.ValidationError:
+        return {}
+
+
 def _begin(folder: Path) -> None:
     """All keys, and last the operator's JWT, so that a beginning that was cut off is gone on with."""
-    operator = kept_key(folder / "operator.seed", "operator")
+    operator = kept_key(_key_file(folder), "operator")
     for name in LIMITS:
         kept_key(folder / f"account-{name}.seed", "account")
         kept_key(_signing_path(folder, name), "account")

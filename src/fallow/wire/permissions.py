@@ -66,12 +66,14 @@ LIMITS: Mapping[Account, Limits] = {
 
 CLAIMS_UPDATE = "$SYS.REQ.CLAIMS.UPDATE"
 """Where the broker takes an account's new JWT while it runs."""
+LOGIN_REFUSED = "$SYS.SERVER.*.CLIENT.AUTH.ERR"
+"""Where the broker tells of a login that it refused."""
 SYSTEM_PERMISSIONS = Permissions(
     publish=(CLAIMS_UPDATE,),
     subscribe=(
         "$SYS.ACCOUNT.*.CONNECT",
         "$SYS.ACCOUNT.*.DISCONNECT",
-        "$SYS.SERVER.*.CLIENT.AUTH.ERR",
+        LOGIN_REFUSED,
         INBOX,
     ),
 )

@@ -9,7 +9,7 @@ import msgspec
 
 from fallow.adapters.broker import Broker, start_broker
 from fallow.adapters.certificates import TlsFiles
-from fallow.adapters.operator import Operator
+from fallow.adapters.operator import BrokerTrust, Operator
 from fallow.model.errors import FallowError
 
 RESTART_S_MIN = 0.2
@@ -30,7 +30,10 @@ class Listening(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class BrokerKeeper:
-    """A broker of our own. `revoked` are the keys that were put out, with the UTC seconds since when."""
+    """A broker of our own. `revoked` are the keys that were put out, with the UTC seconds since when.
+
+    `trusted` is what the broker was started with.
+    """
 
     def __init__(self, folder: Path, listening: Listening, operator: Operator, revoked: Mapping[str, int]) -> None:
         self._folder = folder
@@ -38,18 +41,21 @@ class BrokerKeeper:
         self._operator = operator
         self._broker: Broker | None = None
         self.revoked = revoked
+        self.trusted: BrokerTrust | None = None
 
     async def start(self) -> str:
         """Raises StartFailed or MissingExtra; returns the address at which this machine reaches it."""
         where = self._listening
+        trust = self._operator.trust(self.revoked)
         self._broker = await start_broker(
             self._folder,
             host=where.host,
             port=where.port,
-            trust=self._operator.trust(self.revoked),
+            trust=trust,
             tls=where.tls,
             websocket_port=where.websocket_port or None,
         )
+        self.trusted = trust
         port = int(self._broker.address.rpartition(":")[2])
         self._listening = msgspec.structs.replace(where, port=port)
         return self._broker.address
