@@ -276,10 +276,10 @@ async def test_the_doors_jwt_is_enough(site: Site) -> None:
 
 # who is let in
 async def test_without_a_credential_nobody_is_let_in(site: Site) -> None:
-    for options in ({}, {"token": "a word"}, {"user": "hub", "password": ""}):
+    for token in (None, "a word"):
         client = Client()
         with pytest.raises(REFUSED):
-            await client.connect(servers=[site.broker.address], allow_reconnect=False, **options)
+            await client.connect(servers=[site.broker.address], allow_reconnect=False, token=token)
         await client.close()
 
 

@@ -16,6 +16,7 @@ from fallow.adapters.nkey import KeyPair, make_key
 from fallow.adapters.sql.registry import SqlRegistry, open_registry
 from fallow.apps.hub import enrolling, registrar
 from fallow.apps.hub.enrolling import EnrolDesk, watch_bans
+from fallow.apps.hub.refusals import TEXTS, What
 from fallow.apps.hub.turnstile import JoinLimits, Turnstile
 from fallow.model import messages as m
 from fallow.model.errors import BrokerLost, StartFailed, StoreFailed
@@ -59,6 +60,7 @@ class Hub:
         self.bus = MemoryBus(self.broker)
         self.issued: list[tuple[MemberRole, str, int]] = []
         self.cannot_issue = False
+        self.counted: list[tuple[What, str]] = []
         self.desk = EnrolDesk(
             MemoryBus(self.broker),
             self.registry,
@@ -69,6 +71,7 @@ class Hub:
             authority="the hub's key",
             limits=limits or JoinLimits(),
             life_s=3_600,
+            count=lambda what, reason: self.counted.append((what, reason)),
         )
         registrar.add_organisation(self.registry, HOME, now_ms=1)
 
@@ -114,6 +117,12 @@ def refused(answer: m.Enrolled, hub: Hub, reason: str) -> None:
     assert answer.failure.message == enrolling._TEXTS[reason]
     assert (answer.credential, answer.org_id, answer.membership) == ("", "", b"")
     assert hub.desk.refused[reason] >= 1
+    assert hub.counted[-1][1] == reason
+
+
+def test_every_reason_has_its_words() -> None:
+    for what in ("joining", "renewal"):
+        assert TEXTS[what].keys() == enrolling._TEXTS.keys() | {"no_reply", "no_room"}
 
 
 # who gets in
@@ -357,11 +366,12 @@ async def test_bans_are_told_as_they_come_and_go_whatever_fails(tmp_path: Path, 
         told: list[Mapping[str, int]] = []
         fails = [True]
 
-        async def on_bans(bans: Mapping[str, int]) -> None:
+        async def on_bans(bans: Mapping[str, int]) -> bool:
             if fails[0]:
                 fails[0] = False
                 raise BrokerLost("the broker is away")
             told.append(bans)
+            return True
 
         watching = asyncio.create_task(watch_bans(hub.registry, on_bans))
         await until(lambda: told == [{}], what="the bans in force at first")
@@ -379,5 +389,22 @@ async def test_bans_are_told_as_they_come_and_go_whatever_fails(tmp_path: Path, 
         registrar.unban(hub.registry, pair.public)
         await until(lambda: told[-1] == {}, what="the end of the ban")
         assert len(told) == 3, "nothing is told twice"
+        watching.cancel()
+        await asyncio.gather(watching, return_exceptions=True)
+
+
+async def test_a_ban_that_can_not_be_in_force_yet_is_told_until_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(enrolling, "BANS_S", 0.005)
+    async with running(tmp_path) as hub:
+        told: list[Mapping[str, int]] = []
+
+        async def on_bans(bans: Mapping[str, int]) -> bool:
+            told.append(bans)
+            return len(told) >= 3
+
+        watching = asyncio.create_task(watch_bans(hub.registry, on_bans))
+        await until(lambda: len(told) == 3, what="the third time")
+        await asyncio.sleep(0.03)
+        assert told == [{}, {}, {}]
         watching.cancel()
         await asyncio.gather(watching, return_exceptions=True)

@@ -13,8 +13,8 @@ from one_key import OneKeyDesk
 from fallow.adapters.memory_bus import MemoryBus
 from fallow.adapters.nkey import make_key
 from fallow.apps import card_check
-from fallow.apps.log_limit import LINES_MAX, LogLimit
 from fallow.apps.gateway import keys
+from fallow.apps.log_limit import LINES_MAX, LogLimit
 from fallow.apps.node.node import Node
 from fallow.core import credit
 from fallow.core.cards import CARD_LIFE_MAX_MS

@@ -1,5 +1,6 @@
 """What the hub believes of the network: the nodes that beat, and nothing of what is nonsense."""
 
+from collections import Counter
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -34,6 +35,7 @@ class Here:
         self.hand = MemoryBus(self.broker)
         self.clock = FakeClock()
         self.told: list[Card] = []
+        self.counted: Counter[str] = Counter()
         self.orgs: dict[NodeId, OrgId] = {}
         self.verify: Verify = believed
         self.roster = HubRoster(
@@ -42,6 +44,7 @@ class Here:
             verify=lambda card: self.verify(card),
             org_of=lambda card: self.orgs.get(card.node_id),
             on_card=self.told.append,
+            count=lambda what, reason: self.counted.update([f"{what} {reason}"]),
         )
 
     async def hear(self, beat: m.Heartbeat, subject: str = "") -> None:
@@ -96,6 +99,7 @@ async def test_what_can_not_be_read_or_names_another_node_is_dropped(here: Here)
     await here.hand.publish("hb.node-a", b"")
     await turns()
     assert here.known() == set()
+    assert here.counted == {"heartbeat malformed": 4}
 
 
 async def test_no_more_nodes_than_can_be_followed(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,6 +108,7 @@ async def test_no_more_nodes_than_can_be_followed(here: Here, monkeypatch: pytes
         await here.hear(beat_of(name))
     await here.hear(beat_of("node-b", 2, state="throttle"))
     assert here.known() == {"node-a", "node-b"}
+    assert here.counted == {"heartbeat no_room": 1}
     assert here.roster.members()[beat_of("node-b").node_id].state == "throttle"
 
 
@@ -133,6 +138,7 @@ async def test_a_card_that_is_not_the_nodes_own_is_not_believed(here: Here) -> N
     assert (here.told, here.roster.members()[card.node_id].card) == ([good], good)
     await here.hear(msgspec.structs.replace(beat_of(key.public, 2), card=card))
     assert here.roster.cards_refused == {"signature": 2}, "a heartbeat that comes late isn't looked at"
+    assert here.counted == {"card signature": 2}
 
 
 async def test_a_card_of_another_organisation_than_the_node_was_let_in_for_is_refused(here: Here) -> None:

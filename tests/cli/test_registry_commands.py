@@ -15,10 +15,10 @@ from fallow.adapters.nkey import make_key
 from fallow.adapters.operator import Operator
 from fallow.adapters.sql.registry import SqlRegistry, open_registry
 from fallow.apps.hub.key_desk import Agreements
+from fallow.apps.hub.refusals import REFUSALS_FILE
 from fallow.apps.hub.registrar import digest_of
 from fallow.cli import registry_desk
 from fallow.cli.main import app
-from fallow.model.errors import StartFailed
 from fallow.model.identity import Member
 from fallow.model.ids import KeyId, NodeId, OrgId
 from fallow.wire import invitation
@@ -371,6 +371,48 @@ def test_members_are_banned_by_the_beginning_of_their_key(data: Path) -> None:
     assert row["banned_at"] is not None
     run("hub", "unban", name)
     assert told("hub", "members")[0]["banned_at"] is None
+
+
+def test_a_ban_says_that_it_waits_for_the_operators_key(data: Path, tmp_path: Path) -> None:
+    [name] = joined(data)
+    run("hub", "init", "--offline", str(tmp_path / "safe"))
+    banned = run("hub", "ban", name)
+    assert f"{name} gets no new credential" in banned.stdout
+    assert "operator.seed" in banned.stderr
+    assert "operator.seed" in run("hub", "unban", name).stderr
+    (tmp_path / "safe" / "operator.seed").rename(data / "hub" / "keys" / "operator.seed")
+    again = run("hub", "ban", name)
+    assert f"{name} is out" in again.stdout
+    assert again.stderr == ""
+
+
+def test_refusals_are_listed_the_latest_first(data: Path) -> None:
+    assert "nothing was refused yet" in run("hub", "refusals").output
+    assert told("hub", "refusals") == []
+    path = data / REFUSALS_FILE
+    path.parent.mkdir(parents=True)
+    path.write_text(
+        json.dumps(
+            [
+                {"what": "login", "reason": "foreign", "count": 3, "first_at_ms": 0, "last_at_ms": 1_000},
+                {"what": "joining", "reason": "not_invited", "count": 12, "first_at_ms": 0, "last_at_ms": 2_000},
+                {"what": "moon", "reason": "new", "count": 1, "first_at_ms": 0, "last_at_ms": 0},
+            ]
+        )
+    )
+    rows = told("hub", "refusals")
+    assert [(row["what"], row["reason"], row["count"]) for row in rows] == [
+        ("joining", "not_invited", 12),
+        ("login", "foreign", 3),
+        ("moon", "new", 1),
+    ]
+    assert rows[1]["why"] == "the credential isn't one of this hub"
+    assert (rows[1]["first_at"], rows[1]["last_at"]) == ("1970-01-01T00:00:00+00:00", "1970-01-01T00:00:01+00:00")
+    shown = run("hub", "refusals").stdout
+    assert shown.index("not_invited") < shown.index("foreign")
+    assert "the credential isn't one of this hub" in shown
+    path.write_text("nonsense")
+    assert "delete it" in complaint("hub", "refusals")
 
 
 def test_a_beginning_that_could_be_two_bans_nobody(data: Path) -> None:

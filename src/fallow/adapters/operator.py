@@ -48,9 +48,10 @@ class BrokerTrust(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Operator:
-    """The keys of one hub's folder. Its text shows none of them."""
+    """The keys of one hub's folder. Its text shows none of them. `key_file` is where the operator's own lies while it is here."""
 
     def __init__(self, folder: Path, operator: str, accounts: Mapping[Account, str], signing: Mapping[Account, KeyPair]) -> None:
+        self.key_file = _key_file(folder)
         self._folder = folder
         self._operator = operator
         self._accounts = accounts
@@ -71,11 +72,6 @@ class Operator:
                 raise StartFailed(f"{path} is missing: without it nobody can be let in; bring it back from your copy")
             signing[name] = kept_key(path, "account")
         return cls(folder, _read(folder / "operator.jwt"), accounts, signing)
-
-    @property
-    def key_file(self) -> Path:
-        """Where the operator's key lies while it is here. The accounts' own keys need not be back for a ban."""
-        return _key_file(self._folder)
 
     def trust(self, revoked: Mapping[str, int], *, now_s: int | None = None) -> BrokerTrust:
         """What the broker is to know; `revoked` are banned users' public keys and when they were banned (UTC seconds).
@@ -112,8 +108,8 @@ class Operator:
                 if kept.nats == self._body(name, said):
                     return _read(path), said
             raise StartFailed(
-                f"account {name} must be signed anew (its JWT is gone, or of another version of Fallow), and {self.key_file} isn't here to sign that; "
-                "bring the operator's key back for it"
+                f"account {name} must be signed anew (its JWT is gone, or of another version of Fallow), "
+                f"and {self.key_file} isn't here to sign that; bring the operator's key back for it"
             )
         operator = kept_key(self.key_file, "operator")
         issued_at_s = max(now_s, 0 if kept is None else kept.iat + 1)

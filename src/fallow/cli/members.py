@@ -1,4 +1,4 @@
-"""`fallow hub invite` and its neighbours: who may join, who did, who is out, and the public log of cards."""
+"""`fallow hub invite` and its neighbours: who may join, who did, who is out, what was refused, and the public log of cards."""
 
 from collections import deque
 from collections.abc import Iterator
@@ -8,10 +8,11 @@ from typing import Any
 import msgspec
 
 from fallow.adapters.certificates import ca_pem
-from fallow.adapters.operator import Operator
+from fallow.adapters.operator import Operator, is_offline
 from fallow.apps.hub import registrar
+from fallow.apps.hub.refusals import REFUSALS_FILE, read_refusals
 from fallow.apps.settings import HUB_FILE, HUB_KEYS_FOLDER, HUB_TLS_FOLDER, Settings
-from fallow.cli.registry_desk import Desk, at_desk, local, print_json, print_table, say, span_ms, utc
+from fallow.cli.registry_desk import Desk, at_desk, local, print_json, print_table, say, span_ms, told, utc
 from fallow.core.membership import CHAIN_START, first_break
 from fallow.model.errors import BadFlag, StartFailed, StoreFailed, WireError
 from fallow.model.identity import Invite, LogEntry, MemberRole
@@ -21,6 +22,7 @@ from fallow.wire.invitation import Invitation
 
 ROLES: tuple[MemberRole, ...] = ("node", "gateway")
 USES_MAX = 1_000_000
+KEY_AWAY = "The operator's key isn't here: copy operator.seed back beside the hub's other keys"
 PAGE = 1_000
 """Entries of the log that are read at once."""
 
@@ -130,6 +132,9 @@ def ban(data: Path | None, name: str, *, why: str) -> int:
 
     def act(desk: Desk) -> None:
         member = registrar.ban(desk.registry, name, why=why, now_ms=desk.now_ms)
+        if is_offline(desk.settings.data / HUB_KEYS_FOLDER):
+            print(f"{member.public_key} gets no new credential; the one that it has ends within a day")
+            return say(f"{KEY_AWAY}, and a hub that runs puts it out within a second.")
         print(f"{member.public_key} is out; a hub that runs closes its connection within a second")
 
     return at_desk(data, act)
@@ -140,8 +145,35 @@ def unban(data: Path | None, name: str) -> int:
 
     def act(desk: Desk) -> None:
         print(f"{registrar.unban(desk.registry, name).public_key} may join again")
+        if is_offline(desk.settings.data / HUB_KEYS_FOLDER):
+            say(f"{KEY_AWAY}, and the broker lets it in; without that, a ban that it knows holds for a day after its beginning.")
 
     return at_desk(data, act)
+
+
+def refusals(data: Path | None, *, as_json: bool) -> int:
+    """`fallow hub refusals`."""
+
+    def act(settings: Settings) -> None:
+        found = read_refusals(settings.data / REFUSALS_FILE)
+        if as_json:
+            return print_json(
+                [
+                    {
+                        "what": one.what,
+                        "reason": one.reason,
+                        "why": one.why,
+                        "count": one.count,
+                        "first_at": utc(one.first_at_ms),
+                        "last_at": utc(one.last_at_ms),
+                    }
+                    for one in found
+                ]
+            )
+        rows = [[one.what, one.reason, str(one.count), local(one.last_at_ms), one.why] for one in found]
+        print_table(("refused", "reason", "times", "last", "why"), rows, "nothing was refused yet")
+
+    return told(data, act)
 
 
 def log(data: Path | None, *, lines: int, node: str, as_json: bool) -> int:

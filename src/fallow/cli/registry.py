@@ -295,6 +295,14 @@ def hub_unban(
     sys.exit(members.unban(data or data_of(context), member))
 
 
+@hub.command("refusals")
+def hub_refusals(context: typer.Context, data: Data = None, as_json: AsJson = False) -> None:
+    """Show what the hub and its broker refused: logins, requests to join, cards; why, how often, and when last."""
+    from fallow.cli import members
+
+    sys.exit(members.refusals(data or data_of(context), as_json=as_json))
+
+
 @hub.command("log")
 def hub_log(
     context: typer.Context,

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
 
 from fallow.apps.hub.listening import GROUP
+from fallow.apps.hub.refusals import Count, What, uncounted
 from fallow.apps.hub.registrar import digest_of, keep_organisation
 from fallow.apps.hub.turnstile import JoinLimits, Turnstile
 from fallow.model import messages as m
@@ -34,8 +35,8 @@ Vouch = Callable[[str, OrgId, int], bytes]
 """Signs that a public key belongs to an organisation until then (UTC seconds)."""
 Issue = Callable[[MemberRole, str, int], str]
 """Makes a credential for a role, a public key and a life in seconds; may raise a FallowError."""
-OnBans = Callable[[Mapping[str, int]], Awaitable[None]]
-"""Told of all bans that are in force, as public keys and when each began (UTC in ms), whenever they aren't what they were."""
+OnBans = Callable[[Mapping[str, int]], Awaitable[bool]]
+"""Told of all bans, as public keys and when each began (UTC in ms), until it says that they are in force, and when they change."""
 
 log = logging.getLogger("fallow.hub")
 
@@ -73,7 +74,7 @@ class EnrolDesk:
     """Lets nodes and gateways in, and gives them their next credential. `refused` counts refusals by reason.
 
     The time that a guest states is not checked: clocks are off by minutes, and who sends somebody else's words again gets a credential
-    that is worth nothing without that one's key. `vouch` signs, as `authority`, whose a member is.
+    that is worth nothing without that one's key. `vouch` signs, as `authority`, whose a member is. `count` is told of refusals, too.
     """
 
     def __init__(
@@ -88,6 +89,7 @@ class EnrolDesk:
         authority: str,
         life_s: int = LIFE_S,
         limits: JoinLimits = JoinLimits(),  # noqa: B008  (frozen)
+        count: Count = uncounted,
     ) -> None:
         self._bus = bus
         self._registry = registry
@@ -100,6 +102,7 @@ class EnrolDesk:
         self._guests = Turnstile(limits)
         self._members = Turnstile(RENEWALS)
         self._queues = {"guest": _Queue(), "member": _Queue()}
+        self._count = count
         self._answers = 0
         self._group: asyncio.TaskGroup | None = None
         self.refused: Counter[str] = Counter()
@@ -117,26 +120,29 @@ class EnrolDesk:
         await self._bus.subscribe(subjects.RENEW_GATEWAY.pattern, lambda delivery: self._on_renew(delivery, "gateway"), group=GROUP)
 
     def _on_enrol(self, delivery: Delivery) -> None:
-        self._begin(delivery, lambda: self._enrol(delivery), f"a guest from {shortened(delivery.host) or 'nowhere'}")
+        self._begin("joining", delivery, lambda: self._enrol(delivery), f"a guest from {shortened(delivery.host) or 'nowhere'}")
 
     def _on_renew(self, delivery: Delivery, role: MemberRole) -> None:
         public_key = subjects.last_token(delivery.subject)
-        self._begin(delivery, lambda: self._renew(delivery, role, public_key), f"the {role} {shortened(public_key)}")
+        self._begin("renewal", delivery, lambda: self._renew(delivery, role, public_key), f"the {role} {shortened(public_key)}")
 
-    def _begin(self, delivery: Delivery, answer: Callable[[], Awaitable[m.Enrolled]], who: str) -> None:
+    def _begin(self, what: What, delivery: Delivery, answer: Callable[[], Awaitable[m.Enrolled]], who: str) -> None:
         assert self._group is not None, "questions come only while the hub runs"
         if not delivery.reply or self._answers >= ANSWERS_MAX:
-            self.refused["no_reply" if not delivery.reply else "no_room"] += 1
-            return
+            return self._refuse(what, "no_reply" if not delivery.reply else "no_room")
         self._answers += 1
-        self._group.create_task(self._answer(delivery.reply, answer, who))
+        self._group.create_task(self._answer(what, delivery.reply, answer, who))
 
-    async def _answer(self, subject: str, answer: Callable[[], Awaitable[m.Enrolled]], who: str) -> None:
+    def _refuse(self, what: What, reason: str) -> None:
+        self.refused[reason] += 1
+        self._count(what, reason)
+
+    async def _answer(self, what: What, subject: str, answer: Callable[[], Awaitable[m.Enrolled]], who: str) -> None:
         try:
             try:
                 said = await answer()
             except _Refused as refused:
-                self.refused[refused.reason] += 1
+                self._refuse(what, refused.reason)
                 log.warning("%s was refused: %s (%d so far)", who, refused.reason, self.refused[refused.reason])
                 said = _refusal(refused)
             await self._bus.publish(subject, codec.encode(said))
@@ -258,7 +264,7 @@ def _refusal(refused: _Refused) -> m.Enrolled:
 async def watch_bans(registry: Registry, on_bans: OnBans) -> None:
     """Tell of bans as they come and go, and of those in force at first, until cancelled.
 
-    A database or a broker that fails is tried again; what was in force stays so.
+    A database or a broker that fails is tried again, and so is what can't be in force yet; what was in force stays so.
     """
     told: dict[str, int] | None = None
     troubled = False
@@ -267,8 +273,7 @@ async def watch_bans(registry: Registry, on_bans: OnBans) -> None:
             members = await asyncio.to_thread(registry.members.banned)
             bans = {member.public_key: member.banned_at_ms for member in members if member.banned_at_ms is not None}
             if bans != told:
-                await on_bans(bans)
-                told = bans
+                told = bans if await on_bans(bans) else None
             troubled = False
         except FallowError as error:
             if not troubled:

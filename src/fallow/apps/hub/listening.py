@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable
 
 from fallow.apps.card_check import CardCheck, OrgOf, Verify, anyones
+from fallow.apps.hub.refusals import Count, uncounted
 from fallow.core import cards
 from fallow.core import roster as core
 from fallow.model import messages as m
@@ -34,7 +35,8 @@ class HubRoster:
     """Who is there, in memory only. `members` is what the hub's desks look at, `check` whose cards are believed.
 
     `org_of` says whose a card's node is, and is asked for every new card: it must not block. `on_card` is told each card that is
-    believed and that the roster doesn't hold yet, on the event loop; it must return at once and must not raise.
+    believed and that the roster doesn't hold yet, on the event loop; it must return at once and must not raise. `count` is told of
+    refused cards, and of heartbeats that are dropped.
     """
 
     def __init__(
@@ -45,12 +47,14 @@ class HubRoster:
         verify: Verify = card_verifies,
         org_of: OrgOf = anyones,
         on_card: Callable[[Card], None] = nothing,
+        count: Count = uncounted,
     ) -> None:
         self._bus = bus
         self._clock = clock
         self.cards_refused: Counter[cards.Reason] = Counter()
         self.check = CardCheck(clock, log, verify, org_of, self._count)
         self._on_card = on_card
+        self._told = count
         self._members: dict[NodeId, core.Member] = {}
         self._strangers: set[NodeId] = set()
 
@@ -95,15 +99,18 @@ class HubRoster:
 
     def _count(self, reason: cards.Reason) -> None:
         self.cards_refused[reason] += 1
+        self._told("card", reason)
 
     def _on_heartbeat(self, delivery: Delivery) -> None:
         try:
             beat = codec.read_heartbeat(delivery.data, delivery.subject)
         except WireError as error:
+            self._told("heartbeat", "malformed")
             log.warning("a heartbeat was dropped: %s", error)
             return
         known = self._members.get(beat.node_id)
         if known is None and len(self._members) >= NODES_MAX:
+            self._told("heartbeat", "no_room")
             log.warning("a heartbeat was dropped: the hub follows %d nodes at most", NODES_MAX)
             return
         now = self._clock.now_ms()

@@ -13,8 +13,8 @@ import msgspec
 from fallow.adapters.certificates import TlsFiles, ca_pem, kept_certificate
 from fallow.adapters.clock import SystemClock
 from fallow.adapters.files import make_folder, only_one, write_private
-from fallow.adapters.nats_bus import NatsBus, Reach, push_accounts
-from fallow.adapters.operator import Operator
+from fallow.adapters.nats_bus import NatsBus, Reach, hear_refused_logins, push_accounts
+from fallow.adapters.operator import LIFE_S_MAX, BrokerTrust, Operator
 from fallow.adapters.price_record import PriceRecord
 from fallow.adapters.sql.registry import open_registry
 from fallow.apps.card_check import vouched_by
@@ -27,10 +27,11 @@ from fallow.apps.hub.key_desk import KeyDesk
 from fallow.apps.hub.listening import HubRoster
 from fallow.apps.hub.placing import Placing
 from fallow.apps.hub.price_desk import PriceDesk
+from fallow.apps.hub.refusals import REFUSALS_FILE, Refusals, why_login_refused
 from fallow.apps.run import tell_ready
 from fallow.apps.settings import HUB_FILE, HUB_TLS_FOLDER, INVITATION_FILE, Settings
 from fallow.model import messages as m
-from fallow.model.errors import StartFailed
+from fallow.model.errors import BadSetting, StartFailed
 from fallow.model.ids import NodeId, OrgId
 from fallow.ports import Clock, Registry
 from fallow.wire import codec, subjects
@@ -38,6 +39,11 @@ from fallow.wire import codec, subjects
 LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
 MARKET_ORG = OrgId("open")
 """Whom machines belong to that joined without an invitation."""
+
+_WAITING = (
+    "%d bans, or ends of bans, wait for the operator's key: until %s is back beside the others, the broker goes on as it was told last, "
+    "and whose ban waits stays connected until its credential ends, within a day; it gets no other"
+)
 
 log = logging.getLogger("fallow.hub")
 
@@ -65,6 +71,10 @@ class Hub:
         self._clock = clock
         self._life_s = life_s
         self.keeper: BrokerKeeper | None = None
+        self._banned: Mapping[str, int] = {}
+        self._trusted: BrokerTrust | None = None
+        self._warned: frozenset[str] = frozenset()
+        self._refusals = Refusals(settings.data / REFUSALS_FILE, clock)
 
     async def run(self, until: asyncio.Event, tell: "asyncio.Future[None]") -> None:
         """Until told; `tell` is set when all desks are open. Raises StartFailed, BrokerLost."""
@@ -81,10 +91,12 @@ class Hub:
             vouch=self._operator.vouch,
             authority=self._operator.authority,
             life_s=self._life_s,
+            count=self._refusals.count,
         )
         cards = CardDesk(self._registry.cards, self._clock)
         keys = KeyDesk(self.bus, self._registry, self._clock)
-        roster = HubRoster(self.bus, self._clock, org_of=vouched_by(self._operator.authority, self._clock), on_card=cards.take)
+        whose = vouched_by(self._operator.authority, self._clock)
+        roster = HubRoster(self.bus, self._clock, org_of=whose, on_card=cards.take, count=self._refusals.count)
         prices = PriceDesk(self.bus, roster, PriceRecord(self._settings.data), self._clock)
         placing = Placing(self.bus, roster, self._clock)
         distances = DistanceDesk(self.bus, roster, self._clock, self._settings.organisation.country)
@@ -95,7 +107,9 @@ class Hub:
             await distances.start()
             await prices.start(group)
             await placing.start()
-            runs = (roster.run(), prices.run(), placing.run(), keys.run(), cards.run(), watch_bans(self._registry, self.put_out))
+            await hear_refused_logins(self._system, self._count_login)
+            watching = watch_bans(self._registry, self.put_out)
+            runs = (roster.run(), prices.run(), placing.run(), keys.run(), cards.run(), self._refusals.run(), watching)
             desks = [group.create_task(one) for one in runs]
             desks.append(group.create_task(distances.run()))
             tell.set_result(None)
@@ -103,15 +117,31 @@ class Hub:
             for desk in desks:
                 desk.cancel()
 
-    async def put_out(self, banned: Mapping[str, int]) -> None:
-        """Tell the broker who is banned since when (UTC, ms): it ends their connections, and takes them no more. Raises FallowError."""
+    def _count_login(self, credential: str) -> None:
+        now_s = self._clock.wall_ms() // 1000
+        self._refusals.count("login", why_login_refused(credential, self._operator.issuers, self._banned, now_s=now_s))
+
+    async def put_out(self, banned: Mapping[str, int]) -> bool:
+        """Tell the broker who is banned since when (UTC, ms): it ends their connections, and takes them no more. Raises FallowError.
+
+        False if the operator's key must be back for some of it. What the broker was told already isn't said again.
+        """
+        if banned == self._banned and self._warned and not self._operator.key_file.exists():
+            return False
         revoked = {public_key: at_ms // 1000 for public_key, at_ms in banned.items()}
         if self.keeper is not None:
             self.keeper.revoked = revoked
-        trust = await asyncio.to_thread(self._operator.trust, revoked)
-        await push_accounts(self._system, trust.accounts.values())
-        newest = sorted(banned, key=lambda public_key: -banned[public_key])[: m.PUT_OUT_MAX]
+            self._trusted = self._trusted or self.keeper.trusted
+        trust = await asyncio.to_thread(self._operator.trust, revoked, now_s=self._clock.wall_ms() // 1000)
+        if self._trusted is None or trust.accounts != self._trusted.accounts:
+            await push_accounts(self._system, trust.accounts.values())
+        self._trusted, self._banned = trust, banned
+        if not trust.unsigned <= self._warned:
+            log.warning(_WAITING, len(trust.unsigned), self._operator.key_file)
+        self._warned = trust.unsigned
+        newest = sorted(banned.keys() - trust.unsigned, key=lambda public_key: -banned[public_key])[: m.PUT_OUT_MAX]
         await self.bus.publish(subjects.BANNED.pattern, codec.encode(m.PutOut(node_ids=tuple(map(NodeId, newest)))))
+        return not trust.unsigned
 
     async def close(self) -> None:
         await self._system.close()
@@ -121,6 +151,10 @@ class Hub:
 async def run_hub(settings: Settings, until: asyncio.Event, ready: int | None, *, life_s: int = LIFE_S) -> None:
     """Be the meeting point until told to stop; credentials live `life_s`. Raises StartFailed, StoreFailed or BadSetting."""
     policy_of(settings.key)
+    if life_s > LIFE_S_MAX:
+        raise BadSetting(
+            f"credentials live for {LIFE_S_MAX} s at most: bans are forgotten by the broker when those have ended that they put out"
+        )
     clock = SystemClock()
     with only_one(settings.data, "hub"), contextlib.ExitStack() as held:
         operator = Operator.open(operator_folder(settings.data))
