@@ -1,11 +1,11 @@
 """What the applications need from outside, as small protocols; adapters fill them."""
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Collection, Mapping
 from contextlib import AbstractAsyncContextManager
 from typing import NamedTuple, Protocol
 
 from fallow.model.identity import Agreement, ApiKey, Invite, LogEntry, Member, MemberRole, Organisation
-from fallow.model.ids import KeyId, NodeId, OrgId
+from fallow.model.ids import GatewayId, KeyId, NodeId, OrgId
 from fallow.model.messages import Head
 
 
@@ -146,6 +146,21 @@ class Keys(Protocol):
         ...
 
 
+class Spending(Protocol):
+    """What API keys have cost, as gateways tell it. Every method is one transaction."""
+
+    def tell(self, gateway_id: GatewayId, since_ms: int, micro: Mapping[KeyId, int]) -> dict[KeyId, int]:
+        """Keep what keys have cost at a gateway since its process began, and give what each has cost everywhere.
+
+        Less than was told before changes nothing. Keys that aren't there are left out.
+        """
+        ...
+
+    def totals(self, key_ids: Collection[KeyId] | None = None) -> dict[KeyId, int]:
+        """What each of these keys has cost everywhere, in micro-credits; None: all that cost something."""
+        ...
+
+
 class CardLog(Protocol):
     """The public log of cards: a hash chain to which one can only append. Every method is one transaction."""
 
@@ -172,6 +187,9 @@ class Registry(Protocol):
 
     @property
     def keys(self) -> Keys: ...
+
+    @property
+    def spending(self) -> Spending: ...
 
     @property
     def cards(self) -> CardLog: ...

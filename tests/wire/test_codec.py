@@ -37,6 +37,8 @@ READERS: dict[str, tuple[Reader[Any], set[type[m.Message]]]] = {
     "heartbeat": (codec.heartbeat, {m.Heartbeat}),
     "key_query": (codec.key_query, {m.KeyQuery}),
     "key_answer": (codec.key_answer, {m.KeyAnswer}),
+    "spent": (codec.spent, {m.Spent}),
+    "spent_answer": (codec.spent_answer, {m.SpentAnswer}),
     "from_hub": (codec.from_hub, {m.Hold, m.Introduce, m.Ping}),
     "echo": (codec.echo, {m.Alive}),
     "keys_changed": (codec.keys_changed, {m.KeysChanged}),
@@ -181,6 +183,8 @@ SAMPLES: dict[type[m.Message], m.Message] = {
     m.Renew: m.Renew(),
     m.KeysChanged: m.KeysChanged(sequence=1, key_digests=(b"digest",)),
     m.PutOut: m.PutOut(node_ids=(NodeId("node"),)),
+    m.Spent: m.Spent(gateway_id=GatewayId("gateway"), since_ms=1, keys=(m.KeySpent(key_id=KeyId("key"), micro=2),)),
+    m.SpentAnswer: m.SpentAnswer(keys=(m.KeySpent(key_id=KeyId("key"), micro=3),)),
     m.KeyQuery: m.KeyQuery(key_digest=b"digest"),
     m.KeyAnswer: m.KeyAnswer(grant=Grant(key_id=KeyId("key"), org_id=OrgId("org"))),
 }
@@ -190,11 +194,11 @@ def test_the_bytes_of_a_message_stay_as_they_are() -> None:
     """Nodes and gateways of different ages meet: a tag is never given to something else."""
     assert encode(SAMPLES[m.Cancel]) == b"\x01\x92\x03\xa7attempt"
     assert encode(SAMPLES[m.BodyPart]) == b"\x01\x94\x02\x07\xc4\x04more\xc4\x00"
-    assert [msgspec.msgpack.decode(encode(SAMPLES[kind])[1:])[0] for kind in KINDS] == list(range(1, 25))
+    assert [msgspec.msgpack.decode(encode(SAMPLES[kind])[1:])[0] for kind in KINDS] == list(range(1, 27))
     assert [kind.__name__ for kind in KINDS] == [
         "Request", "BodyPart", "Cancel", "Credit", "Lease", "Introduce", "Accepted", "Part", "Final", "Alive", "Heartbeat", "KeyQuery",
         "KeyAnswer", "Hold", "Demand", "Index", "HistoryQuery", "HistoryAnswer", "Ping",
-        "Enrol", "Enrolled", "Renew", "KeysChanged", "PutOut",
+        "Enrol", "Enrolled", "Renew", "KeysChanged", "PutOut", "Spent", "SpentAnswer",
     ]  # fmt: skip
 
 
@@ -270,6 +274,8 @@ def test_a_whole_part_fits_with_its_envelope() -> None:
         ("heartbeat", subjects.HEARTBEAT),
         ("key_query", subjects.KEY),
         ("key_answer", subjects.KEY),
+        ("spent", subjects.SPENT),
+        ("spent_answer", subjects.SPENT),
     ],
 )
 def test_what_is_larger_than_its_subject_allows_is_not_read(name: str, row: subjects.Subject) -> None:

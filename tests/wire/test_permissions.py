@@ -39,12 +39,21 @@ def test_by_hand() -> None:
             },
         ),
         "gateway": (
-            {"n.*.req", "n.*.body.*", "n.*.ctl", "hub.key", "hub.demand", "hub.prices", "hub.gateway.{{subject()}}"},
+            {
+                "n.*.req",
+                "n.*.body.*",
+                "n.*.ctl",
+                "hub.key",
+                "hub.demand",
+                "hub.prices",
+                "hub.spent.{{subject()}}",
+                "hub.gateway.{{subject()}}",
+            },
             {"rsp.{{subject()}}.*.*", "hb.*", "keys", "banned", "prices", "_I.{{subject()}}.>"},
         ),
         "hub": (
             {"keys", "banned", "n.*.hub", "prices", "_R_.>"},
-            {"hb.*", "hub.key", "hub.demand", "hub.prices", "hub.enrol", "hub.node.*", "hub.gateway.*", "hub.echo.*.*"},
+            {"hb.*", "hub.key", "hub.spent.*", "hub.demand", "hub.prices", "hub.enrol", "hub.node.*", "hub.gateway.*", "hub.echo.*.*"},
         ),
         "guest": ({"hub.enrol"}, {"_I.{{subject()}}.>"}),
     }

@@ -35,6 +35,7 @@ def matches(pattern: str, subject: str) -> bool:
         (subjects.answer(GATEWAY, NODE, ATTEMPT), subjects.ANSWER, "rsp.gw-1.node-1.0af3"),
         (subjects.heartbeat(NODE), subjects.HEARTBEAT, "hb.node-1"),
         (subjects.KEY.pattern, subjects.KEY, "hub.key"),
+        (subjects.spent(GATEWAY), subjects.SPENT, "hub.spent.gw-1"),
         (subjects.hold(NODE), subjects.HOLD, "n.node-1.hub"),
         (subjects.echo(NODE, ATTEMPT), subjects.ECHO, "hub.echo.node-1.0af3"),
         (subjects.DEMAND.pattern, subjects.DEMAND, "hub.demand"),
@@ -83,6 +84,7 @@ def test_who_may_say_what_to_whom() -> None:
         "rsp.*.*.*": ("node", ("gateway",), (m.Accepted, m.Part, m.Final, m.Alive, m.Credit)),
         "hb.*": ("node", ("gateway", "hub"), (m.Heartbeat,)),
         "hub.key": ("gateway", ("hub",), (m.KeyQuery, m.KeyAnswer)),
+        "hub.spent.*": ("gateway", ("hub",), (m.Spent, m.SpentAnswer)),
         "keys": ("hub", ("gateway",), (m.KeysChanged,)),
         "banned": ("hub", ("gateway",), (m.PutOut,)),
         "n.*.hub": ("hub", ("node",), (m.Hold, m.Introduce, m.Ping)),
@@ -136,6 +138,7 @@ def test_bad_ids_are_refused_by_every_builder(text: str) -> None:
         lambda: subjects.echo(NODE, attempt),
         lambda: subjects.answers(gateway),
         lambda: subjects.heartbeat(node),
+        lambda: subjects.spent(gateway),
     ]
     for build in builders:
         with pytest.raises(WireError):

@@ -39,14 +39,18 @@ def list_keys(data: Path | None, *, as_json: bool, all_of_them: bool) -> int:
 
     def act(desk: Desk) -> None:
         found = [one for one in desk.registry.keys.all() if all_of_them or _state(one, desk.now_ms) == "good"]
+        spent = desk.registry.spending.totals()
         if as_json:
-            return print_json([_document(one, desk.now_ms) for one in found])
+            return print_json([_document(one, spent, desk.now_ms) for one in found])
         rows = [
-            [one.id, one.name, one.org_id, one.role, _state(one, desk.now_ms), local(one.expires_at_ms) or "never", _in_short(one)]
+            [
+                *(one.id, one.name, one.org_id, one.role, _state(one, desk.now_ms), local(one.expires_at_ms) or "never"),
+                *(_spent(one, spent), _in_short(one)),
+            ]
             for one in found
         ]
         print_table(
-            ("key", "name", "organisation", "role", "state", "expires", "limits"),
+            ("key", "name", "organisation", "role", "state", "expires", "spent", "limits"),
             rows,
             "no keys yet; `fallow keys create` makes one" if all_of_them else "no keys that are good; `--all` shows the others",
         )
@@ -58,7 +62,7 @@ def show(data: Path | None, id: str, *, as_json: bool) -> int:
     """`fallow keys show`."""
 
     def act(desk: Desk) -> None:
-        _tell(desk.registry.keys.named(KeyId(id)), desk.now_ms, as_json=as_json)
+        _tell(desk, desk.registry.keys.named(KeyId(id)), as_json=as_json)
 
     return at_desk(data, act)
 
@@ -71,7 +75,7 @@ def limit(data: Path | None, id: str, *, said: Mapping[str, Any], as_json: bool)
             raise BadFlag("say which limit changes, such as --calls-per-minute 60; `fallow keys limit --help` lists them")
         key = desk.registry.keys.named(KeyId(id))
         key = registrar.limit_key(desk.registry, key.id, _changed(limits_of(key), said, desk.now_ms))
-        _tell(key, desk.now_ms, as_json=as_json)
+        _tell(desk, key, as_json=as_json)
 
     return at_desk(data, act)
 
@@ -158,9 +162,16 @@ def _credits(amount_micro: int | None) -> str:
     return "" if amount_micro is None else f"{amount_micro / MICRO:.6f}".rstrip("0").rstrip(".")
 
 
-def _tell(key: ApiKey, now_ms: int, *, as_json: bool) -> None:
+def _spent(key: ApiKey, spent: Mapping[KeyId, int]) -> str:
+    """What the calls of a key have cost in credits; empty if it never had a budget, since nobody counted then."""
+    counts = key.budget_micro is not None or key.id in spent
+    return _credits(spent.get(key.id, 0)) if counts else ""
+
+
+def _tell(desk: Desk, key: ApiKey, *, as_json: bool) -> None:
+    spent, now_ms = desk.registry.spending.totals(), desk.now_ms
     if as_json:
-        return print_json(_document(key, now_ms))
+        return print_json(_document(key, spent, now_ms))
     told = {
         "key": key.id,
         "name": key.name,
@@ -170,15 +181,16 @@ def _tell(key: ApiKey, now_ms: int, *, as_json: bool) -> None:
         "made": local(key.created_at_ms),
         "expires": local(key.expires_at_ms) or "never",
         "revoked": local(key.revoked_at_ms),
+        "spent": _spent(key, spent),
     } | _terms(key)
     for name, value in told.items():
         if value:
             print(f"{name:<16}{value}")
 
 
-def _document(key: ApiKey, now_ms: int) -> dict[str, Any]:
+def _document(key: ApiKey, spent: Mapping[KeyId, int], now_ms: int) -> dict[str, Any]:
     document: dict[str, Any] = msgspec.to_builtins(key, order="sorted")
     del document["digest"]
     for name in ("created", "expires", "revoked"):
         document[f"{name}_at"] = utc(document.pop(f"{name}_at_ms"))
-    return document | {"state": _state(key, now_ms)}
+    return document | {"state": _state(key, now_ms), "spent_micro": spent.get(key.id, 0)}

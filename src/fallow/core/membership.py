@@ -55,10 +55,11 @@ def partners_of(org: OrgId, agreements: Iterable[Agreement], now_ms: int) -> fro
     return frozenset({a.right for a in in_force if a.left == org} | {a.left for a in in_force if a.right == org})
 
 
-def grant_of(key: ApiKey, partners: frozenset[OrgId], now_ms: int) -> Grant | None:
+def grant_of(key: ApiKey, partners: frozenset[OrgId], now_ms: int, *, spent_micro: int = 0) -> Grant | None:
     """What a key allows its caller; None if it can make no calls: revoked, expired, or for looking after nodes only.
 
-    `partners` are those of its organisation. A key that names partners itself has only those of them that it names.
+    `partners` are those of its organisation. A key that names partners itself has only those of them that it names. `spent_micro` is
+    what its calls have cost.
     """
     if key.revoked_at_ms is not None or key.role == "lender":
         return None
@@ -73,6 +74,7 @@ def grant_of(key: ApiKey, partners: frozenset[OrgId], now_ms: int) -> Grant | No
         models=key.models,
         expires_at_ms=key.expires_at_ms,
         budget_micro=key.budget_micro,
+        spent_micro=spent_micro,
     )
 
 

@@ -31,7 +31,8 @@ class Allowance(msgspec.Struct, frozen=True, kw_only=True):
 class Call(msgspec.Struct, frozen=True, kw_only=True):
     """What the gateway knows of a request once it is admitted. The body isn't here: it travels as the bytes that came.
 
-    `country` is the gateway's, as two letters: lenders may refuse some.
+    `country` is the gateway's, as two letters: lenders may refuse some. `budget_micro` is its key's, None: no limit, and
+    `spent_micro` what is spent of that as far as the hub had heard.
     """
 
     id: CallId
@@ -46,6 +47,8 @@ class Call(msgspec.Struct, frozen=True, kw_only=True):
     country: str = COUNTRY_UNKNOWN
     prefix: tuple[int, ...] = ()
     allowance: Allowance = Allowance()
+    budget_micro: int | None = None
+    spent_micro: int = 0
 
 
 class Attempt(msgspec.Struct, frozen=True, kw_only=True):
@@ -62,7 +65,8 @@ class Grant(msgspec.Struct, frozen=True, kw_only=True):
     """What an API key allows. The key itself is never here.
 
     `policy.partners` are those of its organisation that it may use. Empty `models` are all; a budget None is no limit.
-    `expires_at_ms` is in UTC; None: it doesn't expire.
+    `expires_at_ms` is in UTC; None: it doesn't expire. `spent_micro` is what its calls have cost on all gateways, as far as they had
+    told when the hub said this; 0 for a key without a budget.
     """
 
     key_id: KeyId
@@ -72,3 +76,4 @@ class Grant(msgspec.Struct, frozen=True, kw_only=True):
     models: frozenset[str] = frozenset()
     expires_at_ms: int | None = None
     budget_micro: int | None = None
+    spent_micro: int = 0

@@ -65,6 +65,12 @@ class InvalidApiKey(FallowError):
     code = "invalid_api_key"
 
 
+class BudgetSpent(FallowError):
+    """What the API key may spend in all is spent, or set aside for calls that are under way."""
+
+    code = "budget_spent"
+
+
 class BodyTooLarge(FallowError):
     """The request's body is over the limit."""
 

@@ -282,6 +282,36 @@ class PutOut(Message, frozen=True, kw_only=True, array_like=True, tag=24):
     node_ids: Annotated[tuple[NodeId, ...], Meta(max_length=PUT_OUT_MAX)]
 
 
+SPENT_KEYS_MAX = 256
+"""About 150 bytes each at most: they fit into a message of the subject."""
+SPENT_MICRO_MAX = 2**50
+"""A thousand million credits. Some thousands of such amounts can still be added up in 64 bits."""
+
+
+class KeySpent(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
+    """What the calls of an API key have cost, in micro-credits."""
+
+    key_id: Annotated[KeyId, Meta(pattern=r"^[!-~]{1,128}\Z")]
+    micro: Annotated[int, Meta(ge=0, le=SPENT_MICRO_MAX)]
+
+
+class Spent(Message, frozen=True, kw_only=True, array_like=True, tag=25):
+    """Gateway to hub: what keys with a budget have cost here in all since `since_ms` (UTC), when this process began.
+
+    Saying it twice changes nothing, and what was said later holds whatever comes first.
+    """
+
+    gateway_id: GatewayId
+    since_ms: Annotated[int, Meta(ge=0, le=2**53)]
+    keys: Annotated[tuple[KeySpent, ...], Meta(max_length=SPENT_KEYS_MAX)]
+
+
+class SpentAnswer(Message, frozen=True, kw_only=True, array_like=True, tag=26):
+    """Hub to gateway: what each of these keys has cost on all gateways. Those that nobody knows are left out."""
+
+    keys: Annotated[tuple[KeySpent, ...], Meta(max_length=SPENT_KEYS_MAX)]
+
+
 ToNode = Cancel | Credit | Lease | Introduce | Ping
 FromHub = Hold | Introduce | Ping
 ToGateway = Accepted | Part | Final | Alive | Credit

@@ -54,6 +54,8 @@ body_part = Reader(m.BodyPart, subjects.BODY)
 heartbeat = Reader(m.Heartbeat, subjects.HEARTBEAT)
 key_query = Reader(m.KeyQuery, subjects.KEY)
 key_answer = Reader(m.KeyAnswer, subjects.KEY)
+spent = Reader(m.Spent, subjects.SPENT)
+spent_answer = Reader(m.SpentAnswer, subjects.SPENT)
 from_hub: Reader[m.FromHub] = Reader(m.FromHub, subjects.HOLD)  # type: ignore[arg-type]
 echo = Reader(m.Alive, subjects.ECHO)
 keys_changed = Reader(m.KeysChanged, subjects.CHANGED)
@@ -65,6 +67,14 @@ demand = Reader(m.Demand, subjects.DEMAND)
 index = Reader(m.Index, subjects.INDEX)
 history_query = Reader(m.HistoryQuery, subjects.HISTORY)
 history_answer = Reader(m.HistoryAnswer, subjects.HISTORY)
+
+
+def read_spent(data: bytes, subject: str) -> m.Spent:
+    """What a gateway says that keys have cost; raises WireError also if it speaks for another gateway than its subject."""
+    told = spent.read(data)
+    if told.gateway_id != subjects.last_token(subject):
+        raise WireError("it names another gateway than its subject")
+    return told
 
 
 def read_heartbeat(data: bytes, subject: str) -> m.Heartbeat:

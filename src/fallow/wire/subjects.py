@@ -62,6 +62,14 @@ HEARTBEAT = Subject(template="hb.{node}", sender="node", receivers=("gateway", "
 KEY = Subject(
     template="hub.key", sender="gateway", receivers=("hub",), carries=(m.KeyQuery, m.KeyAnswer), payload_bytes_max=16 * 1024, is_asked=True
 )
+SPENT = Subject(
+    template="hub.spent.{gateway}",
+    sender="gateway",
+    receivers=("hub",),
+    carries=(m.Spent, m.SpentAnswer),
+    payload_bytes_max=64 * 1024,
+    is_asked=True,
+)
 CHANGED = Subject(template="keys", sender="hub", receivers=("gateway",), carries=(m.KeysChanged,), payload_bytes_max=64 * 1024)
 BANNED = Subject(template="banned", sender="hub", receivers=("gateway",), carries=(m.PutOut,), payload_bytes_max=128 * 1024)
 
@@ -95,6 +103,7 @@ TABLE = (
     ANSWER,
     HEARTBEAT,
     KEY,
+    SPENT,
     CHANGED,
     BANNED,
     HOLD,
@@ -155,6 +164,11 @@ def answers(gateway: GatewayId) -> str:
 
 def heartbeat(node: NodeId) -> str:
     return f"hb.{token(node)}"
+
+
+def spent(gateway: GatewayId) -> str:
+    """Where a gateway tells the hub what API keys have cost on it."""
+    return SPENT.of("gateway", token(gateway))
 
 
 def renewal(role: Role, id: str) -> str:

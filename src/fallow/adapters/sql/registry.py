@@ -7,6 +7,7 @@ from fallow.adapters.sql.keys import SqlKeys
 from fallow.adapters.sql.members import SqlMembers
 from fallow.adapters.sql.migrate import migrate
 from fallow.adapters.sql.organisations import SqlOrganisations
+from fallow.adapters.sql.spending import SqlSpending
 from fallow.ports import Changes
 
 
@@ -18,6 +19,7 @@ class SqlRegistry:
         self.organisations = SqlOrganisations(database)
         self.members = SqlMembers(database)
         self.keys = SqlKeys(database)
+        self.spending = SqlSpending(database)
         self.cards = SqlCardLog(database)
 
     def changes_after(self, number: int) -> Changes:

@@ -138,6 +138,19 @@ api_key = Table(
     Index("api_key_digest_head", "digest_head"),
 )
 
+spending = Table(
+    "spending",
+    metadata,
+    Column("key_id", Word, nullable=False),
+    Column("gateway_id", Word, nullable=False),
+    Column("since_ms", Stamp, nullable=False),
+    Column("micro", BigInteger, nullable=False),
+    PrimaryKeyConstraint("key_id", "gateway_id", "since_ms", name="spending_pk"),
+    ForeignKeyConstraint(["key_id"], ["api_key.id"], name="spending_key_fk"),
+    CheckConstraint("micro >= 0", name="spending_micro_check"),
+)
+"""What a key's calls have cost at a gateway, in micro-credits, since the gateway's process began."""
+
 change = Table(
     "change",
     metadata,

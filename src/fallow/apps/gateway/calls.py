@@ -14,6 +14,7 @@ from fallow.apps.gateway.race import Race
 from fallow.apps.gateway.roster import Roster
 from fallow.apps.gateway.turns import Left, Turns
 from fallow.core import hedge, prefix
+from fallow.core.budget import Purses
 from fallow.core.match import survey
 from fallow.core.match.decide import match
 from fallow.core.retry import try_elsewhere
@@ -45,6 +46,7 @@ class Calls:
         self._salt = secrets.token_bytes(16)
         self._waiting = 0
         self.turns = Turns(roster.market, clock)
+        self.purses = Purses()
         self._ration = hedge.Ration()
 
     def use(self, group: asyncio.TaskGroup) -> None:
@@ -70,7 +72,8 @@ class Calls:
             try:
                 now, only_free = self._roster.moment(), delivery.has_begun or self.turns.is_shared(call)
                 decision = match(call, self._roster.market, tried=tried, now=now, attempt=len(failures) + 1, only_free=only_free)
-                if isinstance(decision, Place):
+                over = self._over_budget(call, decision)
+                if over is None and isinstance(decision, Place):
                     last = decision.node_id
                     tried.add(last)
                     usage = None
@@ -78,6 +81,8 @@ class Calls:
                     usage = outcome.usage
             finally:
                 self.turns.give_back(call, usage)
+            if over is not None:
+                return Outcome(failure=over, attempts=len(failures), node_id=last, started=delivery.has_begun)
             if isinstance(decision, Wait):
                 ended = await self._wait(decision, caller)
                 if ended is not None:
@@ -117,7 +122,7 @@ class Calls:
             ration = hedge.spend(self._ration)
             if not done and race.winner is None and ration is not None:
                 other = match(call, self._roster.market, tried=tried, now=self._roster.moment(), attempt=number + 1)
-                if isinstance(other, Place):
+                if isinstance(other, Place) and self._over_budget(call, other) is None:
                     self._ration = ration
                     tried.add(other.node_id)
                     running.add(asyncio.create_task(self._attempts.make(errand, other, number=number + 1, race=race)))
@@ -133,6 +138,16 @@ class Calls:
         finally:
             for task in running:
                 task.cancel()
+
+    def _over_budget(self, call: Call, decision: Place | Refuse | Wait) -> Failure | None:
+        """Why the call doesn't fit into its key's budget at this place; what it can cost there is set aside if it does."""
+        if call.budget_micro is None or not isinstance(decision, Place):
+            return None
+        return self.purses.hold(call, decision.quote.cost_max_micro, now_ms=self._clock.now_ms())
+
+    def settle(self, call: Call, cost_pico: int | None) -> None:
+        """The call is over, and cost so much; None if nobody counted."""
+        self.purses.settle(call, cost_pico or 0, now_ms=self._clock.now_ms())
 
     def _known(self, call: Call, body: bytes) -> Call:
         """The call with the fingerprint of its beginning, counted as demand."""

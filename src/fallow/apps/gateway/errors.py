@@ -31,6 +31,7 @@ TABLE: dict[str, Status] = {
     "body_too_large": Status(413, "invalid_request_error"),
     "over_limits": Status(400, "invalid_request_error"),
     "rate_limit_exceeded": Status(429, "rate_limit_error"),
+    "budget_spent": Status(429, "insufficient_quota"),
     "too_many_calls": Status(503, "server_error"),
     "no_capacity": Status(503, "server_error"),
     "no_node": Status(503, "server_error"),
@@ -64,6 +65,8 @@ RETRY_AFTER_MS = 2_000
 """For what comes to an end by itself and doesn't know better when."""
 PASSING = (429, 503)
 """The statuses after which trying the same again can help."""
+LASTING = ("budget_spent",)
+"""Of those, what doesn't pass by itself unless it says when."""
 _CODES = {
     "busy": "no_capacity",
     "over_context": "context_length_exceeded",
@@ -107,7 +110,7 @@ def status_of(failure: Failure) -> Status:
 
 def retry_after_s(failure: Failure) -> int | None:
     """Whole seconds for `Retry-After`, where trying again can help."""
-    if status_of(failure).http not in PASSING:
+    if status_of(failure).http not in PASSING or (failure.code in LASTING and failure.retry_after_ms is None):
         return None
     return max(1, -(-(failure.retry_after_ms or RETRY_AFTER_MS) // 1000))
 

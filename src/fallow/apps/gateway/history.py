@@ -128,10 +128,15 @@ class Story(msgspec.Struct, array_like=True, gc=False, kw_only=True):
         self.ended_at_ms = now_ms
         if usage is not None:
             self.prompt_tokens, self.cached_tokens, self.output_tokens = usage.prompt_tokens, usage.cached_tokens, usage.output_tokens
-            if self.price is not None:
-                pico = cost_of(usage, self.price, cost_max_micro=self.tries[-1].quote.cost_max_micro)
-                self.cost = round(pico / PICO_PER_MICRO / MICRO, COST_DIGITS)
+            pico = self.cost_pico(usage)
+            self.cost = None if pico is None else round(pico / PICO_PER_MICRO / MICRO, COST_DIGITS)
         self.price = None
+
+    def cost_pico(self, usage: Usage | None) -> int | None:
+        """What the call costs, in millionths of a micro-credit; None if nobody counted, or if it is over."""
+        if usage is None or self.price is None:
+            return None
+        return cost_of(usage, self.price, cost_max_micro=self.tries[-1].quote.cost_max_micro)
 
     def waited_ms(self) -> float | None:
         """How long the call waited for a better moment; None if it didn't."""

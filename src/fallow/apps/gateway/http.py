@@ -26,6 +26,7 @@ from fallow.core.needs import needs_of
 from fallow.model.call import Allowance, Call, Grant
 from fallow.model.errors import Failure, FallowError
 from fallow.model.ids import GatewayId
+from fallow.model.receipt import Usage
 from fallow.ports import Clock
 from fallow.wire import models_api, openai, quote_request, wishes
 
@@ -179,7 +180,8 @@ class Api:
                 return await http.fail(call)
             self._demand.asked(call)
             self._spend(call, call.needs.prompt_tokens)
-            http.outcome = outcome = await self._calls.run(call, body, http)
+            run_it = self._calls.run if call.budget_micro is None else self._run_in_budget
+            http.outcome = outcome = await run_it(call, body, http)
             self._spend(call, _tokens(call, outcome) - call.needs.prompt_tokens)
             self._demand.ended(call, outcome, http.story)
             if outcome.failure is not None:
@@ -187,6 +189,16 @@ class Api:
             return CLIENT_CLOSED if outcome.left else http.status
 
         return await self._taken(http, lambda body: self.repeats.answer(http, grant, body, run))
+
+    async def _run_in_budget(self, call: Call, body: bytes, http: HttpCaller) -> Outcome:
+        """The call's outcome; what it cost, as its story tells it, is charged to its key however it ends."""
+        usage: Usage | None = None
+        try:
+            outcome = await self._calls.run(call, body, http)
+            usage = outcome.usage
+            return outcome
+        finally:
+            self._calls.settle(call, None if http.story is None else http.story.cost_pico(usage))
 
     async def _quote(self, http: HttpCaller, grant: Grant) -> int:
         """A call's body, and what it would cost."""
@@ -253,6 +265,8 @@ class Api:
             arrived_at_ms=arrived_at_ms,
             country=self._country,
             allowance=grant.allowance,
+            budget_micro=grant.budget_micro,
+            spent_micro=grant.spent_micro,
         )
 
     async def _waiting(self, http: HttpCaller, grant: Grant, query: bytes) -> int:

@@ -25,6 +25,7 @@ from fallow.apps.gateway.metrics import Metrics
 from fallow.apps.gateway.prices import Prices
 from fallow.apps.gateway.roster import Roster
 from fallow.apps.gateway.server import listen, make_server
+from fallow.apps.gateway.spending import SpendingReports
 from fallow.apps.joining import Renewal, join
 from fallow.apps.run import GATEWAY_DRAIN_S, Stop, tell_draining, tell_ready
 from fallow.apps.settings import ADDRESS_FILE, Settings
@@ -60,6 +61,7 @@ class Gateway:
         self.history = History(clock)
         self.prices = Prices(bus)
         self.demand = DemandCount(gateway_id, bus, clock)
+        self.spending = SpendingReports(gateway_id, self.calls.purses, bus, clock)
         self.api = Api(gateway_id, self.calls, self.keys, self.roster, self.history, clock, metrics, country, self.prices, self.demand)
         self._admin: Any = make_admin(Admin(self.exchange, self.roster, self.keys, bus, clock, metrics))
 
@@ -80,10 +82,13 @@ class Gateway:
             sweep = group.create_task(self.exchange.sweep(self._refresh), name="sweep")
             reports = group.create_task(self.demand.run(), name="demand")
             distances = group.create_task(self.distances.run(), name="distances")
+            spending = group.create_task(self.spending.run(), name="spending")
             await until.wait()
             sweep.cancel()
             reports.cancel()
             distances.cancel()
+            spending.cancel()
+            await self.spending.report_last()
 
     async def _refresh(self) -> None:
         self.history.forget_old()

@@ -134,7 +134,8 @@ class KeyDesk:
             return m.KeyAnswer()
         now_ms = self._clock.wall_ms()
         partners = membership.partners_of(key.org_id, self._agreements.signed(), now_ms)
-        return m.KeyAnswer(grant=membership.grant_of(key, partners, now_ms))
+        spent = {} if key.budget_micro is None else self._registry.spending.totals([key.id])
+        return m.KeyAnswer(grant=membership.grant_of(key, partners, now_ms, spent_micro=spent.get(key.id, 0)))
 
 
 class Agreements:

@@ -28,6 +28,7 @@ from fallow.apps.hub.listening import HubRoster
 from fallow.apps.hub.placing import Placing
 from fallow.apps.hub.price_desk import PriceDesk
 from fallow.apps.hub.refusals import REFUSALS_FILE, Refusals, why_login_refused
+from fallow.apps.hub.spending_desk import SpendingDesk
 from fallow.apps.run import tell_ready
 from fallow.apps.settings import HUB_FILE, HUB_TLS_FOLDER, INVITATION_FILE, Settings
 from fallow.model import messages as m
@@ -103,6 +104,7 @@ class Hub:
         async with asyncio.TaskGroup() as group:
             await enrolling.start(group)
             await keys.start(group)
+            await SpendingDesk(self.bus, self._registry).start(group)
             await roster.start()
             await distances.start()
             await prices.start(group)
