@@ -21,7 +21,7 @@ from fallow.model import messages as m
 from fallow.model.call import Grant
 from fallow.model.errors import BrokerLost, InvalidApiKey, StoreFailed
 from fallow.model.identity import Agreement, ApiKey
-from fallow.model.ids import KeyId, OrgId
+from fallow.model.ids import GatewayId, KeyId, OrgId
 from fallow.model.needs import Policy
 from fallow.ports import Changes
 from fallow.wire import agreement_line, codec, subjects
@@ -156,6 +156,8 @@ async def test_a_key_is_told_with_all_that_limits_it(tmp_path: Path, monkeypatch
     async with running(tmp_path, monkeypatch) as hub:
         limits = Limits(policy=Policy(rings=frozenset({"own"})), models=frozenset({"tiny"}), budget_micro=5, expires_at_ms=hub.now_ms + 10)
         header, id = hub.make(limits)
+        hub.registry.spending.tell(GatewayId("gw-1"), 1, {id: 3})
+        hub.registry.spending.tell(GatewayId("gw-2"), 1, {id: 4})
         grant = await hub.grant(registrar.digest_of(header.decode().removeprefix("Bearer ")))
         assert grant == Grant(
             key_id=hub.registry.keys.all()[0].id,
@@ -163,6 +165,7 @@ async def test_a_key_is_told_with_all_that_limits_it(tmp_path: Path, monkeypatch
             policy=limits.policy,
             models=limits.models,
             budget_micro=5,
+            spent_micro=7,
             expires_at_ms=hub.now_ms + 10,
         )
         assert grant.key_id == id

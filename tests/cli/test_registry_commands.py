@@ -20,7 +20,7 @@ from fallow.apps.hub.registrar import digest_of
 from fallow.cli import registry_desk
 from fallow.cli.main import app
 from fallow.model.identity import Member
-from fallow.model.ids import KeyId, NodeId, OrgId
+from fallow.model.ids import GatewayId, KeyId, NodeId, OrgId
 from fallow.wire import invitation
 
 ADDRESS = "tls://hub.example:8422"
@@ -201,6 +201,22 @@ def test_a_revoked_key_stays_revoked() -> None:
     assert "stays so" in complaint("keys", "limit", one, "--weight", "2", code=2)
     assert told("keys", "list") == []
     assert {row["id"] for row in told("keys", "list", "--all")} == {one, other}
+
+
+def test_what_a_key_has_spent_is_listed_beside_its_budget(data: Path) -> None:
+    made, spent_up, other = (told("keys", "create", *flags)["id"] for flags in (("--budget", "2.5"), ("--budget", "1"), ()))
+    with registry(data) as kept:
+        kept.spending.tell(GatewayId("gw-1"), 1, {KeyId(made): 1_250_000, KeyId(spent_up): 1})
+        kept.spending.tell(GatewayId("gw-2"), 1, {KeyId(made): 250_001})
+    assert {row["id"]: row["spent_micro"] for row in told("keys", "list")} == {made: 1_500_001, spent_up: 1, other: 0}
+    rows = {line.split()[0]: line for line in run("keys", "list").stdout.splitlines()[1:] if line.strip()}
+    assert "1.500001  budget 2.5" in rows[made]
+    assert "0.000001  budget 1" in rows[spent_up]
+    assert rows[other].split()[-2:] == ["never", "none"], "nobody counts"
+    shown = run("keys", "show", made).stdout
+    assert "spent           1.500001\n" in shown
+    assert told("keys", "limit", made, "--budget", "0")["spent_micro"] == 1_500_001, "it stays when the limit is lifted"
+    assert "spent" not in run("keys", "show", other).stdout
 
 
 def test_limit_wants_to_know_which() -> None:

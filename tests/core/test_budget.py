@@ -183,9 +183,9 @@ COSTS = st.tuples(st.integers(0, 40), st.floats(0, 1))
 """A call's quote, and which part of it the call comes to cost."""
 
 
-def run_call(purses: Purses, id: str, quote: int, part: float, **more: int) -> int | Failure:
+def run_call(purses: Purses, id: str, quote: int, part: float, *, budget_micro: int, spent_micro: int) -> int | Failure:
     """What the call cost in millionths of a micro-credit, or why it was refused."""
-    call = call_of(id, **more)
+    call = call_of(id, budget_micro=budget_micro, spent_micro=spent_micro)
     refusal = purses.hold(call, quote, now_ms=NOW)
     if refusal is not None:
         return refusal

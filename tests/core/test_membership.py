@@ -122,10 +122,10 @@ def test_a_grant_says_all_that_the_key_allows() -> None:
         budget_micro=5,
         expires_at_ms=NOW + 9,
     )
-    grant = grant_of(key, frozenset({OrgId("b")}), NOW)
+    grant = grant_of(key, frozenset({OrgId("b")}), NOW, spent_micro=3)
     assert grant is not None
     assert (grant.key_id, grant.org_id, grant.allowance, grant.models) == (key.id, key.org_id, key.allowance, key.models)
-    assert (grant.budget_micro, grant.expires_at_ms) == (5, NOW + 9)
+    assert (grant.budget_micro, grant.spent_micro, grant.expires_at_ms) == (5, 3, NOW + 9)
     assert grant.policy == Policy(regions=frozenset({"eu"}), partners=frozenset({OrgId("b")}))
 
 

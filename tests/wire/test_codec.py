@@ -265,6 +265,27 @@ def test_a_whole_part_fits_with_its_envelope() -> None:
 
 
 @pytest.mark.parametrize(
+    ("subject", "gateway", "is_its_own"),
+    [("hub.spent.gw-1", "gw-1", True), ("hub.spent.gw-1", "gw-2", False), ("hub.spent", "gw-1", False)],
+)
+def test_a_gateway_says_what_was_spent_on_itself_only(subject: str, gateway: str, is_its_own: bool) -> None:
+    said = m.Spent(gateway_id=GatewayId(gateway), since_ms=1, keys=())
+    if is_its_own:
+        assert codec.read_spent(encode(said), subject) == said
+    else:
+        with pytest.raises(WireError, match="another gateway"):
+            codec.read_spent(encode(said), subject)
+
+
+@pytest.mark.parametrize("message", [m.Spent, m.SpentAnswer])
+def test_the_largest_report_of_what_was_spent_fits_its_subject(message: type[m.Spent | m.SpentAnswer]) -> None:
+    keys = tuple(m.KeySpent(key_id=KeyId(f"{n:0128}"), micro=m.SPENT_MICRO_MAX) for n in range(m.SPENT_KEYS_MAX))
+    said = replace(SAMPLES[message], keys=keys)
+    assert len(encode(said)) <= subjects.SPENT.payload_bytes_max
+    assert next(readers_of(message)).read(encode(said)) == said
+
+
+@pytest.mark.parametrize(
     ("name", "row"),
     [
         ("request", subjects.REQUEST),
