@@ -21,8 +21,11 @@ from fallow.apps.hub import key_desk, registrar, spending_desk
 from fallow.apps.hub.key_desk import KeyDesk
 from fallow.apps.hub.key_limits import Limits, limits_of
 from fallow.apps.hub.spending_desk import SpendingDesk
+from fallow.core import hedge
+from fallow.core.budget import Purses
 from fallow.core.needs import MICRO
 from fallow.model import messages as m
+from fallow.model.call import Call
 from fallow.model.errors import BrokerLost, Failure, StoreFailed
 from fallow.model.ids import GatewayId, KeyId
 from fallow.model.offer import Price
@@ -71,13 +74,13 @@ class Site:
         self.bus = MemoryBus(network.broker)
         self.gateway = network.gateway
 
-    async def lend(self, node_id: str = "node-p") -> PlayedNode:
+    async def lend(self, node_id: str = "node-p", price: Price = PRICE) -> PlayedNode:
         node = await self.network.play(node_id)
-        await self.tell_price(node_id)
+        await self.tell_price(node_id, price)
         return node
 
-    async def tell_price(self, node_id: str) -> None:
-        offer = replace(offer_of(node_id, slots=8), price=PRICE, paths=frozenset({wire.CHAT, wire.MESSAGES}))
+    async def tell_price(self, node_id: str, price: Price = PRICE) -> None:
+        offer = replace(offer_of(node_id, slots=8), price=price, paths=frozenset({wire.CHAT, wire.MESSAGES}))
         await self.network.hand.publish(f"hb.{node_id}", codec.encode(beat_of(node_id, 5, offers=(offer,))))
         await turns()
 
@@ -194,6 +197,37 @@ async def test_a_call_that_moves_is_charged_once(tmp_path: Path) -> None:
         assert (await call.done()).status == 200
         assert await site.cost(call, secret) == pytest.approx(COST)
         assert site.gateway.calls.purses.of(id).spent_micro == COST
+
+
+@pytest.mark.parametrize(("budget", "is_hedged"), [(300, False), (500, True)])
+async def test_a_late_call_is_sent_to_a_second_node_only_if_that_fits_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, budget: int, is_hedged: bool
+) -> None:
+    for name, value in (("SHARE_MAX", 1.0), ("LATE_MS_MIN", 10), ("LATE_FACTOR", 0.0)):
+        monkeypatch.setattr(hedge, name, value)
+    async with running(tmp_path) as site:
+        twice = Price(prompt_micro_per_munit=2_000_000, output_micro_per_munit=4_000_000)
+        cheap, dear = await site.lend("node-a"), await site.lend("node-b", twice)
+        id, secret = site.key(budget)
+        purses, quotes = site.gateway.calls.purses, list[int]()
+
+        def hold(call: Call, quote_micro: int, *, now_ms: int) -> Failure | None:
+            quotes.append(quote_micro)
+            return Purses.hold(purses, call, quote_micro, now_ms=now_ms)
+
+        monkeypatch.setattr(purses, "hold", hold)
+        call = site.ask(secret, fallow_service_tier="priority", fallow_prefer="cheap")
+        request = await cheap.request()
+        await cheap.say(request, m.Accepted())
+        await until(lambda: len(quotes) == 2, what="the second quote")
+        assert quotes[0] < budget
+        assert purses.of(id).held_micro == quotes[is_hedged] < 2.1 * quotes[0], "the higher of the two"
+        if is_hedged:
+            await dear.request()
+        await cheap.say(request, m.Final(index=0, data=b"{}", head=JSON_HEAD, usage=USAGE))
+        assert (await call.done()).status == 200
+        assert dear.requests.empty()
+        assert purses.of(id).spent_micro == round(await site.cost(call, secret) or 0) == COST, "at the price of the one that was heard"
 
 
 async def test_an_answer_that_is_repeated_costs_nothing_more(tmp_path: Path) -> None:

@@ -176,6 +176,8 @@ class HttpCaller:
 
     async def finish(self, data: bytes, head: m.Head | None, origin: Origin) -> None:
         """The end of an answer; of one that was held back, all of it."""
+        if self.story is not None:
+            self.story.answered(origin.place, origin.price)
         if not self.status:
             assert head is not None, "an answer has a head"
             self._observe(head)

@@ -62,7 +62,8 @@ class Try(msgspec.Struct, array_like=True, gc=False):
 class Story(msgspec.Struct, array_like=True, gc=False, kw_only=True):
     """A call from its arrival on. It becomes bytes when the call is over, so nothing in it may refer back to it.
 
-    `price` is what the offer asked that was chosen last, until the cost is known; `again_us` is when a call that waits for a better
+    `price` is what the offer asked that was chosen last, or whose answer was heard, until the cost is known, and `cost_max_micro` the most
+    that it could come to; `again_us` is when a call that waits for a better
     moment is looked at again, at the latest.
     """
 
@@ -81,6 +82,7 @@ class Story(msgspec.Struct, array_like=True, gc=False, kw_only=True):
     cached_tokens: int | None = None
     output_tokens: int | None = None
     price: Price | None = None
+    cost_max_micro: int = 0
     cost: float | None = None
     wait_why: str | None = None
     wait_began_us: int | None = None
@@ -105,7 +107,7 @@ class Story(msgspec.Struct, array_like=True, gc=False, kw_only=True):
         """The call is sent there, at that price."""
         assert node_id == place.node_id, "a call goes where it was placed"
         self.waited_us, self.wait_began_us = self._waited_us(), None
-        self.price = price
+        self.price, self.cost_max_micro = price, place.quote.cost_max_micro
         others = tuple(_small(one, place.quote.model) for one in place.others)
         self.tries.append(Try(hardware, self._us(), place.why, _small(place.quote, ""), others))
 
@@ -114,6 +116,10 @@ class Story(msgspec.Struct, array_like=True, gc=False, kw_only=True):
         last = self.tries[-1]
         last.code = code
         last.us = self._us() - last.began_us
+
+    def answered(self, place: Place, price: Price) -> None:
+        """The whole answer came from there: of two nodes that were asked at once it need not be the last one."""
+        self.price, self.cost_max_micro = price, place.quote.cost_max_micro
 
     def first_byte(self) -> None:
         """The answer begins."""
@@ -136,7 +142,7 @@ class Story(msgspec.Struct, array_like=True, gc=False, kw_only=True):
         """What the call costs, in millionths of a micro-credit; None if nobody counted, or if it is over."""
         if usage is None or self.price is None:
             return None
-        return cost_of(usage, self.price, cost_max_micro=self.tries[-1].quote.cost_max_micro)
+        return cost_of(usage, self.price, cost_max_micro=self.cost_max_micro)
 
     def waited_ms(self) -> float | None:
         """How long the call waited for a better moment; None if it didn't."""
