@@ -709,5 +709,5 @@ from fallow.apps.gateway.main import Gateway
 from fallow.apps.card_check import anyones
 Gateway("gw-1", MemoryBus(MemoryBroker()), SystemClock(), org_of=anyones)
 """
-    built = subprocess.run([sys.executable, "-W", "error::DeprecationWarning", "-c", code], capture_output=True, text=True, timeout=20)
+    built = subprocess.run([sys.executable, "-W", "error::DeprecationWarning", "-c", code], capture_output=True, text=True, timeout=60)
     assert built.returncode == 0, built.stderr
