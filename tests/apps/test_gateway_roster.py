@@ -18,6 +18,7 @@ from fallow.apps.log_limit import LINES_MAX, LogLimit
 from fallow.apps.node.node import Node
 from fallow.core import credit
 from fallow.core.cards import CARD_LIFE_MAX_MS
+from fallow.core.match.filter import FREE
 from fallow.core.roster import SUSPECTED_AFTER_MS
 from fallow.model import messages as m
 from fallow.model.card import Card
@@ -80,7 +81,7 @@ def may_be_sent_to(network: Network) -> set[str]:
     """The nodes that nothing keeps a new call from."""
     roster = network.gateway.roster
     [shelf] = roster.market.shelves(MODEL)
-    return {node_id for node_id, row in shelf.row_of.items() if shelf.columns.halt[row] == 0 and node_id not in shelf.on_probation}
+    return {node_id for node_id, row in shelf.row_of.items() if shelf.columns.halt[row] == FREE and node_id not in shelf.on_probation}
 
 
 async def test_a_node_that_misses_a_heartbeat_is_left_aside_until_it_is_heard() -> None:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from fallow.core.match import decide, survey
+from fallow.core.match.filter import FREE
 from fallow.core.match.market import Market
 from fallow.core.match.pick import EXPLORE, draw
 from fallow.core.match.price import PROMPT_MARGIN
@@ -205,8 +206,8 @@ def quote_at(market: Market, call: Call, node: str, *, now: Moment = NOW) -> Quo
     """What one node would take and promise, whether or not it is the best, or could take the call."""
     for question in decide.ask(call, market, now=now):
         seen = survey.everything(question)
-        look = survey.weigh(question, seen.rows, np.zeros_like(seen.codes), seen.rings, end=seen.end)
-        for at in range(len(look.some)):
+        look = survey.weigh(question, seen.rows, np.full_like(seen.codes, FREE), seen.near, end=seen.end)
+        for at in range(len(look.rows)):
             if look.node_id(at) == node:
                 return decide.quotes_of(look, [at])[0]
     raise AssertionError(f"{node} doesn't offer {call.needs.model}")

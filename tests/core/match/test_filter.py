@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from fallow.core.match.decide import match, quotes
-from fallow.core.match.filter import CODE, LIMITS, ring_of
+from fallow.core.match.filter import CODE, FREE, LIMITS, ring_of
 from fallow.core.match.market import Market
 from fallow.core.match.survey import Moment
 from fallow.core.standing import BACK_OFF_S_MIN, HALF_LIFE_S, Event, Failed, Heard, Succeeded, Suspected, Yielded
@@ -208,7 +208,7 @@ def told(market: Market, node: str, *events: Event, at_s: float = AT_S) -> Marke
 
 def fitting(market: Market, call: Call, *, now: Moment = NOW) -> set[str]:
     """The nodes that nothing stops."""
-    return {look.node_id(at) for look in looks(market, call, now=now) for at in range(len(look.some)) if look.codes[look.some[at]] == 0}
+    return {look.node_id(at) for look in looks(market, call, now=now) for at in (look.codes == FREE).nonzero()[0]}
 
 
 FAULT = Failed(code="node_silent")
@@ -349,11 +349,11 @@ def test_every_offer_either_may_or_is_counted_once(
     lents = [replace(lent, fails=lent.node in failing) for lent in lents]
     call, market = call_of(needs), market_of(lents)
     everything = looks(market, call, tried=tried)
-    fit = {look.node_id(at) for look in everything for at in range(len(look.some)) if look.codes[look.some[at]] == 0}
+    fit = {look.node_id(at) for look in everything for at in (look.codes == FREE).nonzero()[0]}
     assert fit == {lent.node for lent in lents if may(call, lent, tried=tried)}
     offered = [lent for lent in lents if needs.model in (lent.model, lent.family)]
     assert sum(len(look.rows) for look in everything) == len(offered)
-    assert all(0 <= code <= len(LIMITS) for look in everything for code in look.codes)
+    assert all(1 <= code <= FREE for look in everything for code in look.codes)
 
 
 @PROMISE
@@ -368,6 +368,6 @@ def test_what_the_filter_remembers_of_a_call_holds_for_later_offers(needs: Needs
                 market.heard(NodeId(lent.node), lent.model, running=0, now_s=AT_S)
             put(market, lent)
             known[lent.node, lent.model] = lent
-        everything = [(look, at) for look in looks(market, call) for at in range(len(look.some))]
+        everything = [(look, at) for look in looks(market, call) for at in (look.codes == FREE).nonzero()[0]]
         found = {(look.node_id(at), look.question.shelf.model) for look, at in everything}
         assert found == {key for key, lent in known.items() if may(call, lent)}

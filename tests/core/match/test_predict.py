@@ -209,8 +209,8 @@ def test_the_normal_distribution() -> None:
 
 
 def times(first_s: float = 1.0, sd_s: float = 0.1, step_s: float = 0.1, spread: float = 0.2) -> Times:
-    first, sd, none, step, wide = (np.array([one]) for one in (first_s, sd_s, 0.0, step_s, spread))
-    return Times(first, sd, first, none, step, wide, None)
+    first, none, step = (np.array([one]) for one in (first_s, 0.0, step_s))
+    return Times(first, np.array([[sd_s], [spread]]), first, none, step, np.log(step), none)
 
 
 EVEN = Length(50.0, np.linspace(0.02, 1.0, 56))

@@ -192,7 +192,7 @@ class OnTheShelf(RuleBasedStateMachine):
     def numbers_are_numbers(self) -> None:
         if (shelf := self.shelf()) is None:
             return
-        signed = ("prefill_log", "decode_log", "stop")
+        signed = ("prefill_log", "decode_log", "step_log", "over", "stop")
         for name, column in zip(shelf.columns._fields, shelf.columns, strict=True):
             there = column[sorted(shelf.row_of.values())]
             assert np.isfinite(there).all(), name
@@ -274,11 +274,11 @@ many_needs = st.builds(
 def test_short_cuts_find_what_a_look_at_everything_finds(needs: Needs, seed: int) -> None:
     call, (market, _) = call_of(needs), grown(random.Random(seed))
     (everything,) = looks(market, call)
-    scores = {everything.node_id(at): float(everything.score[at]) for at in range(len(everything.some))}
+    scores = {everything.node_id(at): float(everything.score[at]) for at in range(len(everything.score))}
     decision = match(call, market, now=NOW)
     for name in RINGS:
         able = everything.able_in(name)
-        if able is not None and able.any() and name in needs.rings:
+        if len(able) and name in needs.rings:
             least = float(everything.score[able].min())
             place = placed(decision)
             assert place.able > 0

@@ -17,67 +17,77 @@ ROOM_FACTOR = 2
 
 
 class Facts(NamedTuple):
-    """What a prediction looks at, all arrays equally long. Times are seconds of the gateway's clock.
+    """What a prediction looks at, all arrays equally long. Times are seconds of the gateway's clock. `spreads` and `floors` are two
+    columns each, which stand among these too: they are reckoned with together.
 
     `prompt_price`, `cached_price`, `output_price` are micro-credits per token. `rate` is the prompt tokens a second that a new
-    call gets, `prefill_var` its relative variance; `step` the seconds per token, `decode_var` its relative variance. `ahead_s`
+    call gets, `prefill_var` its relative variance; `step` the seconds per token, `step_log` their logarithm,
+    `decode_var` their relative variance. `ahead_s`
     passes before anything of the call is read (round trip, loading), the prompts that came before are read by `queue_until`, of
     which `queue_rest` seconds haven't begun; `queue_var` is the relative variance of that, `known_var` the variance in s² of what
-    doesn't depend on the call. `held` counts calls known to be there, of `slots`; where they are full, `slot_s` is when the first
-    slot is expected to be free. `token_work` is the seconds of the machine that a token of output takes on a busy one, `rent`
-    what a second is worth to the calls to come. `trust` is what is left of each chance after the node's faults of late, at most 1.
+    doesn't depend on the call. `over` calls must end before another gets a slot, 0 or less if one is free; where none is, `slot_s` is
+    when the first of this gateway's is expected to be, and 0 else, and `slot_each` the seconds until then for each token that calls
+    write. `token_work` is the seconds of the machine that a token of output takes on a busy one, `rent` what a second is worth to the
+    calls to come. `trust` is what is left of each chance after the node's faults of late, at most 1.
     """
 
     prompt_price: Floats
     cached_price: Floats
     output_price: Floats
     rate: Floats
-    prefill_var: Floats
-    step: Floats
-    decode_var: Floats
     ahead_s: Floats
     queue_until: Floats
     queue_rest: Floats
+    over: Floats
+    slot_each: Floats
+    slot_s: Floats
+    step: Floats
+    step_log: Floats
+    prefill_var: Floats
     queue_var: Floats
     known_var: Floats
-    held: Floats
-    slots: Floats
-    slot_s: Floats
+    decode_var: Floats
     token_work: Floats
     rent: Floats
     trust: Floats
+    spreads: Floats
+    floors: Floats
 
 
 class Columns(NamedTuple):
     """All that is kept of offers: the facts, and what they follow from.
 
-    `room` is slots and queue places, `context` tokens. `prefill` and `decode` are what the card says, in tokens per second;
+    `held` counts calls known to be there, of `slots`; `room` is slots and queue places, `context` tokens. `prefill` and `decode` are
+    what the card says, in tokens per second;
     `prefill_log`, `decode_log` are learnt corrections of them as logarithms. `slope` is how much longer a step takes with each
     further stream. `writes` is 0 for what answers as soon as it has read. `streams` and `reading` count this gateway's calls
     there, `unread` are their prompts' tokens, of which `head` are being read since `head_s`. `others` run for other gateways;
     `unread_each` is how many tokens a call there has unread on average. `kind` and `org` are numbers for the filter; `state` is 0,
     or the limit that the node's own state is; `stop` is the same, or that the node backs off; `halt` is that, or that all places are
-    taken. The node backs off until `back_s`.
+    taken, or FREE. The node backs off until `back_s`.
     """
 
     prompt_price: Floats
     cached_price: Floats
     output_price: Floats
     rate: Floats
-    prefill_var: Floats
-    step: Floats
-    decode_var: Floats
     ahead_s: Floats
     queue_until: Floats
     queue_rest: Floats
+    over: Floats
+    slot_each: Floats
+    slot_s: Floats
+    step: Floats
+    step_log: Floats
+    prefill_var: Floats
     queue_var: Floats
     known_var: Floats
-    held: Floats
-    slots: Floats
-    slot_s: Floats
+    decode_var: Floats
     token_work: Floats
     rent: Floats
     trust: Floats
+    held: Floats
+    slots: Floats
     room: Floats
     context: Floats
     expires_s: Floats
@@ -108,10 +118,17 @@ class Columns(NamedTuple):
         return Columns._make([column[begin:end] for column in self])
 
 
-FACTS = len(Facts._fields)
-assert Columns._fields[:FACTS] == Facts._fields, "the facts stand first"
+FACTS = Facts._fields.index("spreads")
+assert Columns._fields[:FACTS] == Facts._fields[:FACTS], "the facts stand first"
+_SPREADS, _FLOORS = Columns._fields.index("prefill_var"), Columns._fields.index("known_var")
+assert Columns._fields[_SPREADS : _FLOORS + 2] == ("prefill_var", "queue_var", "known_var", "decode_var"), "what is taken together"
 CODES = Columns._fields.index("kind")
 """The first of the columns that are whole numbers."""
+
+
+def facts_of(floats: Floats) -> Facts:
+    """The facts in columns that stand one below the other, as in a table."""
+    return Facts._make([*floats[:FACTS], floats[_SPREADS : _SPREADS + 2], floats[_FLOORS : _FLOORS + 2]])
 
 
 class Table:
@@ -121,17 +138,30 @@ class Table:
         self._floats: Floats = np.zeros((CODES, size))
         self._codes: Codes = np.zeros((len(Columns._fields) - CODES, size), np.intp)
         self.columns = Columns._make([*self._floats, *self._codes])
+        self._first = (0, facts_of(self._floats[:, :0]))
 
     def __len__(self) -> int:
         return len(self.columns.kind)
 
+    def first(self, end: int) -> Facts:
+        """The facts of the rows before `end`, as views: taking them out is most of what a look at them costs."""
+        if self._first[0] != end:
+            self._first = (end, facts_of(self._floats[:, :end]))
+        return self._first[1]
+
     def facts(self, rows: Codes) -> Facts:
         """The facts of these rows, copied."""
-        return Facts._make(self._floats[:FACTS].take(rows, axis=1))
+        return facts_of(self._floats[:FACTS].take(rows, axis=1))
 
-    def rows(self, rows: Codes) -> Columns:
-        """All of these rows, copied."""
-        return Columns._make([*self._floats.take(rows, axis=1), *self._codes.take(rows, axis=1)])
+    def joined(self, end: int, rows: Codes) -> Facts:
+        """The facts of the rows before `end`, and of these, copied."""
+        facts = self._floats[:FACTS]
+        return facts_of(np.concatenate((facts[:, :end], facts.take(rows, axis=1)), axis=1))
+
+    def rows(self, rows: Codes) -> tuple[Columns, Facts]:
+        """All of these rows, copied, and the facts among that."""
+        floats = self._floats.take(rows, axis=1)
+        return Columns._make([*floats, *self._codes.take(rows, axis=1)]), facts_of(floats)
 
     def grow(self) -> None:
         """Make place for more rows."""
@@ -139,6 +169,7 @@ class Table:
         self._floats = np.concatenate([self._floats, np.zeros((len(self._floats), more))], axis=1)
         self._codes = np.concatenate([self._codes, np.zeros((len(self._codes), more), np.intp)], axis=1)
         self.columns = Columns._make([*self._floats, *self._codes])
+        self._first = (0, facts_of(self._floats[:, :0]))
 
     def put(self, at: int, values: Iterable[float]) -> None:
         """Write all of a row, in the order of the columns."""

@@ -1,14 +1,14 @@
 """Where a call goes: the offer that is likely to meet its needs at the least cost, or why there is none."""
 
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from fallow.core.match import explain, pick, survey
-from fallow.core.match.columns import Floats
-from fallow.core.match.filter import RINGS
+from fallow.core.match import explain, otherwise, pick, survey
+from fallow.core.match.columns import Codes, Floats
+from fallow.core.match.filter import FREE, RINGS
 from fallow.core.match.market import Market
 from fallow.core.match.price import rounded
 from fallow.core.match.survey import Look, Moment, Question
@@ -39,11 +39,12 @@ def match(
     questions = ask(call, market, tried=tried, now=now, trusts_cards=luck < pick.EXPLORE and not call.needs.strict, only_free=only_free)
     looks = [survey.first(q) for q in questions]
     for ring in RINGS:
-        found = [best for look in looks[: len(questions)] for best in _best(look, ring, looks)]
-        best = min(found, key=lambda one: (one.score, one.look.node_id(one.at)), default=None)
+        best: Best | None = None
+        for look in looks[: len(questions)]:
+            best = _best(look, ring, looks, best)
         if best is not None:
             return _patience(call, looks, best, ring, now) or _place(best, luck)
-        if call.needs.service_tier == "flex" and _has_time(call, now) and any(len(survey.may_come(look, ring)) for look in looks):
+        if call.needs.service_tier == "flex" and _has_time(call, now) and any(otherwise.may_come(look, ring) for look in looks):
             return Wait(for_ms=_retry_ms(call, now), why="all that could take the call is busy now, and there is time")
     return _second_best(call, market, questions, looks)
 
@@ -61,59 +62,69 @@ def quotes(call: Call, market: Market, *, now: Moment) -> tuple[tuple[Quote, ...
     everything = [survey.everything(q) for q in ask(call, market, now=now)]
     found: list[tuple[bool, float, str, Quote]] = []
     for look in everything:
-        possible = np.flatnonzero(look.codes[look.some] == 0)
+        possible = (look.codes == FREE).nonzero()[0]
         order = possible[np.lexsort((look.score[possible], ~look.able[possible]))[:QUOTES_MAX]].tolist()
         for at, quote in zip(order, quotes_of(look, order), strict=True):
             found.append((not look.able[at], float(look.score[at]), quote.node_id, quote))
     found.sort(key=lambda one: one[:3])
-    refusal = explain.refuse(call, market, everything) if any((look.codes > 0).any() for look in everything) or not found else None
+    refusal = explain.refuse(call, market, everything) if any((look.codes != FREE).any() for look in everything) or not found else None
     return tuple(quote for *_, quote in found[:QUOTES_MAX]), refusal
 
 
 class Best(NamedTuple):
-    """A look, its scores (infinite for offers that aren't able), the place of the least, and how many are able."""
+    """A look, the places of those that are able, their scores, and which of these is the least.
+
+    `seen` is how many were able in this look and those before it.
+    """
 
     look: Look
+    able: Codes
     scores: Floats
     at: int
     score: float
-    able: int
+    seen: int
+
+    def is_before(self, other: "Best") -> bool:
+        """Ties by id."""
+        return self.score < other.score or (self.score == other.score and self._node_id() < other._node_id())
+
+    def _node_id(self) -> NodeId:
+        return self.look.node_id(int(self.able[self.at]))
 
 
-def _best(look: Look, ring: Ring, looks: list[Look]) -> Iterator[Best]:
-    """The best of a ring, of each part that can be worth a look: not if all it has costs more than the best so far."""
-    least, able = math.inf, 0
+def _best(look: Look, ring: Ring, looks: list[Look], best: Best | None) -> Best | None:
+    """The best of a ring and of `best`. Of each part that can be worth a look: not if all it has costs more than what was found."""
+    least, seen = math.inf, 0
     part: Look | None = look
     while part is not None:
-        flags = part.able_in(ring)
-        count = 0 if flags is None else int(np.count_nonzero(flags))
-        if flags is not None and count:
-            able += count
-            scores = np.where(flags, part.score, math.inf)
+        able = part.able_in(ring)
+        if len(able):
+            seen += len(able)
+            scores = part.score[able]
             at = int(scores.argmin())
-            score = float(scores[at])
-            yield Best(part, scores, at, score, able)
-            least = min(least, score)
+            found = Best(part, able, scores, at, float(scores[at]), seen)
+            least = min(least, found.score)
+            if best is None or found.is_before(best):
+                best = found
         if ring != "market":
-            part = survey.rest_of(part.question, ring) if part is look and not count else None
+            part = survey.rest_of(part.question, ring) if part is look and not len(able) else None
         else:
             part = None if survey.floor(part) > least * (1.0 + pick.NEAR) else survey.further(part)
         if part is not None:
             looks.append(part)
+    return best
 
 
 def _place(best: Best, luck: float) -> Place:
-    look, scores = best.look, best.scores
-    at = pick.pick(scores, look.times.first_s, look.node_id, best=best.at, luck=luck)
-    chosen = [at]
+    look, able, scores = best.look, best.able, best.scores
+    at = pick.pick(scores, look.times.first_s[able], lambda at: look.node_id(able[at]), best=best.at, luck=luck)
+    chosen = [able.item(at)]
     for _ in range(min(OTHERS_MAX, len(scores) - 1)):
-        scores[chosen[-1]] = math.inf
-        following = int(scores.argmin())
-        if scores[following] == math.inf:
-            break
-        chosen.append(following)
+        scores[at] = math.inf
+        at = int(scores.argmin())
+        chosen.append(able.item(at))
     quote, *others = quotes_of(look, chosen)
-    return Place(node_id=quote.node_id, quote=quote, why=_why(look, best.able), able=best.able, others=tuple(others))
+    return Place(node_id=quote.node_id, quote=quote, why=_why(look, best.seen), able=best.seen, others=tuple(others))
 
 
 def _why(look: Look, able: int) -> str:
@@ -129,8 +140,8 @@ def _patience(call: Call, looks: Sequence[Look], best: Best, ring: Ring, now: Mo
     needs = call.needs
     if needs.service_tier != "flex" or needs.prefer == "fast" or not _has_time(call, now):
         return None
-    quiet = min(survey.quiet_cost(look, ring) for look in looks)
-    if survey.quiet_cost_at(best.look, best.at) <= quiet * (1.0 + pick.NEAR):
+    quiet = min(otherwise.quiet_cost(look, ring) for look in looks)
+    if otherwise.quiet_cost_at(best.look, int(best.able[best.at])) <= quiet * (1.0 + pick.NEAR):
         return None
     return Wait(for_ms=_retry_ms(call, now), why="a cheaper offer is busy now, and there is time")
 
@@ -148,20 +159,22 @@ def _has_time(call: Call, now: Moment) -> bool:
 
 def _second_best(call: Call, market: Market, questions: Sequence[Question], looks: Sequence[Look]) -> Place | Refuse:
     """Nothing is likely to meet the needs: a strict call is refused, any other goes where it is least late."""
-    possible = [look for look in looks if (look.codes == 0).any()]
+    possible = [(look, (look.codes == FREE).nonzero()[0]) for look in looks]
+    possible = [(look, free) for look, free in possible if len(free)]
     if not possible:
         resort = _last_resort(looks)
         if resort is not None:
             return resort
         return explain.refuse(call, market, looks if "market" in call.needs.rings else [survey.everything(q) for q in questions])
-    hope = max(float(look.chances.max()) for look in possible)
+    hope = max(float(look.chances[free].max()) for look, free in possible)
     found: list[tuple[bool, float, NodeId, Look, int]] = []
-    for look in possible:
-        ranks = look.score if hope >= HOPE_MIN and call.needs.prefer == "cheap" else survey.lateness(look)
-        is_full = look.facts.held >= look.facts.slots if look.question.only_free else np.zeros(len(ranks), np.bool_)
+    for look, free in possible:
+        ranks = (look.score if hope >= HOPE_MIN and call.needs.prefer == "cheap" else otherwise.lateness(look))[free]
+        is_full = look.facts.over[free] > 0.0 if look.question.only_free else np.zeros(len(ranks), np.bool_)
         ranks = np.where(is_full, math.inf, ranks) if not is_full.all() else ranks
-        at = min(np.flatnonzero(ranks == ranks.min()).tolist(), key=look.node_id)
-        found.append((bool(is_full[at]), float(ranks[at]), look.node_id(at), look, at))
+        best = min((ranks == ranks.min()).nonzero()[0].tolist(), key=lambda at: look.node_id(free[at]))
+        at = int(free[best])
+        found.append((bool(is_full[best]), float(ranks[best]), look.node_id(at), look, at))
     *_, node_id, look, at = min(found, key=lambda one: one[:3])
     why = "no offer is likely to meet the call's needs; this one misses them least"
     return Place(node_id=node_id, quote=quotes_of(look, [at])[0], why=why, able=0)
@@ -170,10 +183,10 @@ def _second_best(call: Call, market: Market, questions: Sequence[Question], look
 def _last_resort(looks: Sequence[Look]) -> Place | None:
     """All that could take the call back off: rather than refused, it goes where that is over the soonest. No node is left alone forever."""
     found: list[tuple[float, float, NodeId, Look, int]] = []
-    for until_s, look in filter(None, map(survey.backing_off, looks)):
-        able = np.flatnonzero(look.codes[look.some] == 0)
+    for until_s, look in filter(None, map(otherwise.backing_off, looks)):
+        able = (look.codes == FREE).nonzero()[0]
         if len(able):
-            late = survey.lateness(look)[able]
+            late = otherwise.lateness(look)[able]
             at = min(able[late == late.min()].tolist(), key=look.node_id)
             found.append((until_s, float(late.min()), look.node_id(at), look, at))
     if not found:
@@ -185,32 +198,24 @@ def _last_resort(looks: Sequence[Look]) -> Place | None:
 
 def quotes_of(look: Look, ats: Sequence[int]) -> list[Quote]:
     """Offers, by their places in a look, applied to the call's needs."""
-    q, t, some = look.question, look.times, np.array(ats, np.intp)
-    rows = look.rows[look.some[some]]
-    columns = (
-        rows,
-        q.shelf.columns.kind[rows],
-        survey.cost_max(q, rows),
-        look.cost[some],
-        t.first_s[some],
-        t.step_s[some],
-        look.chances[some],
-    )
-    found = []
-    for ring, row, number, most, cost, first, step, chance in zip(look.rings_at(some), *(one.tolist() for one in columns), strict=True):
-        kind = q.kind_list[number]
+    q, t = look.question, look.times
+    shelf, output, found = q.shelf, q.length.mean_tokens, []
+    for at in ats:
+        row = look.rows.item(at)
+        first, step = t.first_s.item(at), t.step_s.item(at)
+        kind = q.kind_list[shelf.columns.kind.item(row)]
         quote = Quote(
-            node_id=q.shelf.nodes[row],
-            model=q.shelf.model,
+            node_id=shelf.nodes[row],
+            model=shelf.model,
             hardware=kind.hardware,
-            ring=ring,
+            ring=q.ring(row),
             region=kind.region,
-            cost_max_micro=rounded(most),
-            cost_expected_micro=rounded(cost),
+            cost_max_micro=rounded(survey.cost_most(q, row)),
+            cost_expected_micro=rounded(look.cost.item(at)),
             first_token_in_ms=round(1000 * first),
             per_token_ms=round(1000 * step, 3),
-            end_in_ms=round(1000 * (first + q.length.mean_tokens * step)),
-            chance=round(chance, 4),
+            end_in_ms=round(1000 * (first + output * step)),
+            chance=round(look.chances.item(at), 4),
         )
         found.append(quote)
     return found

@@ -8,7 +8,7 @@ import numpy as np
 from fallow.core.admit import YIELDING_RETRY_AFTER_MS
 from fallow.core.match import survey
 from fallow.core.match.columns import Codes, Floats
-from fallow.core.match.filter import CODE, LIMITS
+from fallow.core.match.filter import CODE, FREE, LIMITS
 from fallow.core.match.market import Market
 from fallow.core.match.predict import Times
 from fallow.core.match.survey import Look
@@ -38,7 +38,8 @@ def _least(looks: Sequence[Look], code: int, of: Callable[[Look, Codes], Floats]
 
 
 def _times(look: Look, rows: Codes) -> Times:
-    return survey.times(look.question, look.question.shelf.table.facts(rows))
+    q = look.question
+    return survey.times(q, q.shelf.table.facts(rows), q.prompt, q.length.mean_tokens)
 
 
 def _kinds(looks: Sequence[Look], code: int, what: str) -> str:
@@ -65,7 +66,7 @@ def _over_context(looks: Sequence[Look], code: int) -> str:
 
 
 def _too_slow(looks: Sequence[Look], code: int) -> str:
-    slow = [(look.times, look.chances, look.codes[look.some] == code) for look in looks]
+    slow = [(look.times, look.chances, look.codes == code) for look in looks]
     some = [one for one in slow if one[2].any()]
     first = min(float(times.first_s[there].min()) for times, _, there in some)
     step = min(float(times.step_s[there].min()) for times, _, there in some)
@@ -104,7 +105,7 @@ def refuse(call: Call, market: Market, looks: Sequence[Look]) -> Refuse:
     if not looks:
         limit, lifted = ("model_not_offered", NOT_OFFERED) if models else ("no_nodes", NO_NODES)
         return Refuse(limit=limit, lifted_by=lifted, models=models, retry_after_ms=None if models else RETRY_AFTER_MS)
-    counts = sum(np.bincount(np.maximum(look.codes, 0), minlength=len(LIMITS) + 1) for look in looks)
+    counts = sum(np.bincount(np.maximum(look.codes, 0), minlength=FREE + 1) for look in looks)
     assert not isinstance(counts, int), "there is a look"
     stopped = tuple(_stopped(name, int(counts[CODE[name]]), looks) for name in LIMITS if counts[CODE[name]])
     if not stopped:

@@ -8,7 +8,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from fallow.core.match.columns import GONE, Codes, Columns, Floats
+from fallow.core.match.columns import Codes, Columns, Flags, Floats
 from fallow.core.needs import country_of
 from fallow.model.call import Call
 from fallow.model.card import Card
@@ -38,7 +38,9 @@ LIMITS = (
 )
 """In the order in which they apply: what the caller chose, then what it costs, then what passes by itself."""
 CODE = {name: number for number, name in enumerate(LIMITS, 1)}
-"""0 means that nothing stops an offer."""
+FREE = len(LIMITS) + 1
+"""What stands in the place of a limit where nothing stops an offer: the first limit is the least number."""
+Outcomes = NDArray[np.int8]
 ISOLATION_RANK: dict[Isolation, int] = {"none": 0, "landlock": 1, "bwrap": 2}
 RINGS: tuple[Ring, ...] = ("own", "partner", "market")
 MARKET = 2
@@ -103,34 +105,60 @@ def sought_by(call: Call) -> Sought:
     )
 
 
-def _is_refused(sought: Sought, refuses: tuple[frozenset[str], frozenset[str]], ring: Ring) -> bool:
-    organisations, countries = refuses
-    return sought.org_id in organisations or sought.country in countries
+def _is_refused(caller: tuple[OrgId, str], refuses: tuple[frozenset[str], frozenset[str]], ring: Ring) -> bool:
+    (org_id, country), (organisations, countries) = caller, refuses
+    return org_id in organisations or country in countries
 
 
-STOPS: tuple[tuple[str, Callable[[Kind], Any], Callable[[Sought, Any, Ring], bool]], ...] = (
-    ("path_not_offered", lambda kind: kind.paths, lambda sought, paths, ring: sought.path not in paths),
-    (
+class Stop(NamedTuple):
+    """A limit on kinds: what of a kind it looks at, what of a call, and when the one stops the other in a ring."""
+
+    limit: str
+    of_kind: Callable[[Kind], Any]
+    of_call: Callable[[Sought], Any]
+    stops: Callable[[Any, Any, Ring], bool]
+
+
+STOPS = (
+    Stop("path_not_offered", lambda kind: kind.paths, lambda sought: sought.path, lambda path, paths, ring: path not in paths),
+    Stop(
         "quantisation",
         lambda kind: kind.quantisation,
-        lambda sought, one, ring: bool(sought.quantisations) and one not in sought.quantisations,
+        lambda sought: sought.quantisations,
+        lambda allowed, one, ring: bool(allowed) and one not in allowed,
     ),
-    ("ring", lambda kind: kind.serves, lambda sought, serves, ring: ring not in sought.rings or ring not in serves),
-    ("lender_refuses", lambda kind: (kind.refuses_organisations, kind.refuses_countries), _is_refused),
-    ("region", lambda kind: kind.region, lambda sought, region, ring: bool(sought.regions) and region not in sought.regions),
-    (
+    Stop(
+        "ring",
+        lambda kind: kind.serves,
+        lambda sought: sought.rings,
+        lambda rings, serves, ring: ring not in rings or ring not in serves,
+    ),
+    Stop(
+        "lender_refuses",
+        lambda kind: (kind.refuses_organisations, kind.refuses_countries),
+        lambda sought: (sought.org_id, sought.country),
+        _is_refused,
+    ),
+    Stop(
+        "region",
+        lambda kind: kind.region,
+        lambda sought: sought.regions,
+        lambda regions, region, ring: bool(regions) and region not in regions,
+    ),
+    Stop(
         "country",
         lambda kind: kind.region,
-        lambda sought, region, ring: bool(sought.countries) and country_of(region) not in sought.countries,
+        lambda sought: sought.countries,
+        lambda countries, region, ring: bool(countries) and country_of(region) not in countries,
     ),
-    ("hardware", lambda kind: kind.hardware, lambda sought, hardware, ring: sought.hardware not in (None, hardware)),
-    (
+    Stop("hardware", lambda kind: kind.hardware, lambda sought: sought.hardware, lambda asked, given, ring: asked not in (None, given)),
+    Stop(
         "isolation",
         lambda kind: kind.isolation,
-        lambda sought, given, ring: sought.isolation is not None and ISOLATION_RANK[given] < ISOLATION_RANK[sought.isolation],
+        lambda sought: sought.isolation,
+        lambda asked, given, ring: asked is not None and ISOLATION_RANK[given] < ISOLATION_RANK[asked],
     ),
 )
-"""Limits on kinds: what of a kind each looks at, and when that stops a call in a ring."""
 
 
 class Kinds:
@@ -141,7 +169,8 @@ class Kinds:
         self._numbers: dict[Kind, int] = {}
         self._values: list[dict[Any, int]] = [{} for _ in STOPS]
         self._value_of: list[list[int]] = [[] for _ in STOPS]
-        self._outcomes: OrderedDict[Sought, NDArray[np.int8]] = OrderedDict()
+        self._outcomes: OrderedDict[Sought, Outcomes] = OrderedDict()
+        self._stopped: OrderedDict[tuple[int, Any], Outcomes | None] = OrderedDict()
 
     def number(self, kind: Kind) -> int | None:
         """A kind's number; None if there are too many already."""
@@ -149,27 +178,37 @@ class Kinds:
         if number is None and len(self.list) < KINDS_MAX:
             number = self._numbers[kind] = len(self.list)
             self.list.append(kind)
-            for (_, looks_at, _), values, value_of in zip(STOPS, self._values, self._value_of, strict=True):
-                value_of.append(values.setdefault(looks_at(kind), len(values)))
+            for stop, values, value_of in zip(STOPS, self._values, self._value_of, strict=True):
+                value_of.append(values.setdefault(stop.of_kind(kind), len(values)))
             self._outcomes.clear()
+            self._stopped.clear()
         return number
 
-    def outcomes(self, sought: Sought) -> NDArray[np.int8]:
-        """The first limit that stops offers of each ring and kind, 0 if none does."""
+    def outcomes(self, sought: Sought) -> Outcomes:
+        """The first limit that stops offers of each ring and kind, FREE if none does."""
         known = self._outcomes.get(sought)
         if known is None:
-            known = self._outcomes[sought] = self._found(sought)
+            known = np.full((len(RINGS), len(self.list)), FREE, np.int8)
+            for at, stop in enumerate(STOPS):
+                stopped = self._stopped_by(at, stop.of_call(sought))
+                if stopped is not None:
+                    np.minimum(known, stopped, out=known)
+            self._outcomes[sought] = known
             if len(self._outcomes) > OUTCOMES_MAX:
                 self._outcomes.popitem(last=False)
         return known
 
-    def _found(self, sought: Sought) -> NDArray[np.int8]:
-        found = np.zeros((len(RINGS), len(self.list)), np.int8)
-        for at, (limit, _, stops) in reversed(list(enumerate(STOPS))):
-            stopped = [[stops(sought, value, ring) for value in self._values[at]] for ring in RINGS]
-            if any(any(row) for row in stopped):
-                found[np.array(stopped)[:, self._value_of[at]]] = CODE[limit]
-        return found
+    def _stopped_by(self, at: int, asked: Any) -> Outcomes | None:
+        """The same for one limit; None if it stops nothing. Calls differ in few of the things that they ask for."""
+        name = (at, asked)
+        if name not in self._stopped:
+            stop = STOPS[at]
+            found = [[CODE[stop.limit] if stop.stops(asked, value, ring) else FREE for value in self._values[at]] for ring in RINGS]
+            stops = any(code != FREE for codes in found for code in codes)
+            self._stopped[name] = np.array(found, np.int8)[:, self._value_of[at]] if stops else None
+            if len(self._stopped) > OUTCOMES_MAX:
+                self._stopped.popitem(last=False)
+        return self._stopped[name]
 
 
 def ring_of(org: OrgId, card_org: OrgId, partners: Collection[OrgId]) -> Ring:
@@ -191,33 +230,34 @@ class Ask(NamedTuple):
     tried: Codes | None
     on_probation: Codes | None
     expired_s: float | None
-    has_gone: bool
 
 
-def codes(c: Columns, rows: Codes | slice, outcomes: NDArray[np.int8], cost: Floats | None, ask: Ask) -> Codes:
-    """The first limit that stops each of these rows, as numbered in CODE; GONE for who went away.
+NOTHING_ELSE = Ask(None, None, None, None, None, None)
+
+
+def codes(c: Columns, rows: Codes | slice, outcomes: Outcomes, cost: Floats | None, ask: Ask) -> Codes:
+    """The first limit that stops each of these rows, as numbered in CODE, or FREE; GONE for who went away, which is less than all.
 
     `outcomes` are those of their kinds, `cost` is the most it can cost, where that is limited.
-    Written from the last limit to the first, so that an earlier one overwrites a later one.
     """
-    halt = c.halt[rows]
-    found = halt
+    found: Codes = np.minimum(outcomes, c.halt[rows])
+    if ask is NOTHING_ELSE:
+        return found
     if ask.on_probation is not None and len(ask.on_probation):
-        found = found.copy()
-        there = found[ask.on_probation]
-        found[ask.on_probation] = np.where((there == 0) | (there == CODE["busy"]), CODE["backing_off"], there)
+        found[ask.on_probation] = np.minimum(found[ask.on_probation], CODE["backing_off"])
     if ask.tried is not None and len(ask.tried):
-        found = found.copy()
-        found[ask.tried] = CODE["already_tried"]
+        found[ask.tried] = np.minimum(found[ask.tried], CODE["already_tried"])
     if ask.cost_max is not None and cost is not None:
-        found = np.where(cost > ask.cost_max, CODE["over_cost"], found)
+        _stop(found, cost > ask.cost_max, "over_cost")
     if ask.output_price_max is not None:
-        found = np.where(c.output_price[rows] > ask.output_price_max, CODE["over_price"], found)
+        _stop(found, c.output_price[rows] > ask.output_price_max, "over_price")
     if ask.tokens is not None:
-        found = np.where(c.context[rows] < ask.tokens, CODE["over_context"], found)
+        _stop(found, c.context[rows] < ask.tokens, "over_context")
     if ask.expired_s is not None:
-        found = np.where(c.expires_s[rows] <= ask.expired_s, CODE["offer_expired"], found)
-    first: Codes = np.where(outcomes != 0, outcomes, found)
-    if ask.has_gone:
-        first[halt == GONE] = GONE
-    return first
+        _stop(found, c.expires_s[rows] <= ask.expired_s, "offer_expired")
+    return found
+
+
+def _stop(found: Codes, stopped: Flags, limit: str) -> None:
+    """A limit stops some, unless an earlier one did."""
+    found[stopped] = np.minimum(found[stopped], CODE[limit])

@@ -3,8 +3,6 @@
 from collections.abc import Callable
 from hashlib import blake2b
 
-import numpy as np
-
 from fallow.core.match.columns import Floats
 from fallow.model.ids import CallId, GatewayId
 
@@ -30,7 +28,7 @@ def pick(scores: Floats, sooner: Floats, name: Callable[[int], str], *, best: in
     `best` is a row with the least score, which is finite; rows that aren't able have an infinite one.
     """
     least = float(scores[best])
-    near = np.flatnonzero(scores <= least + NEAR * abs(least))
+    near = (scores <= least + NEAR * abs(least)).nonzero()[0]
     if len(near) == 1:
         return best
     rows = sorted(near.tolist(), key=name) if len(near) <= NAMED_MAX else near.tolist()

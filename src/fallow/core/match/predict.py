@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fallow.core.match.columns import FACTS, Columns, Facts, Flags, Floats
-from fallow.core.match.filter import CODE
+from fallow.core.match.columns import Columns, Facts, Flags, Floats
+from fallow.core.match.filter import CODE, FREE
 from fallow.core.match.lengths import Length
 
 PREFILL_TOKENS_PER_S_GUESS = 50.0
@@ -38,20 +38,29 @@ PREFILL_VAR_MEASURED, DECODE_VAR_MEASURED = 0.0064, 0.04
 PHI_CUBE, PHI_LINE = 0.070566, 1.5976
 """The normal distribution's function as a logistic one, off by 2e-4 at most (Bowling et al. 2009)."""
 SURE_Z = 8.0
+STEP_S_MIN = 1e-9
+"""Less is nothing: what embeds writes no tokens."""
+WAIT_S_MIN = 1e-9
+_LEAST_Z, _CUBE, _LINE, _ONE, _TWO, _LEAST_SD, _SPREAD_MAX, _STEP_MIN, _WAIT_MIN, _NOTHING = (
+    np.array(number) for number in (-SURE_Z, -PHI_CUBE, PHI_LINE, 1.0, 2.0, LEAST_SD_S, SPREAD_MAX, STEP_S_MIN, WAIT_S_MIN, 0.0)
+)
+"""As arrays, with which arithmetic takes half as long as with Python's numbers."""
 
 
 class Times(NamedTuple):
-    """Per offer, in seconds: to the first token, with its standard deviation, of that for reading this prompt and those before;
-    of one token, and the standard deviation of the logarithm of that, None if nobody minds. `wait_s` is the part of `first_s`
-    that is spent until a slot is free, None if all have one."""
+    """Per offer, in seconds: to the first token, of that for reading this prompt and those before, and until a slot is free (0 where one
+    is); of one token, and the logarithm of that.
+
+    `spreads` are the standard deviation of the time to the first token and, where somebody minds, that of the logarithm of a token's.
+    """
 
     first_s: Floats
-    first_sd_s: Floats
+    spreads: Floats
     read_s: Floats
     queue_s: Floats
     step_s: Floats
-    spread: Floats | None
-    wait_s: Floats | None
+    step_log: Floats
+    wait_s: Floats
 
 
 class Targets(NamedTuple):
@@ -63,15 +72,16 @@ class Targets(NamedTuple):
 
 
 def phi(z: Floats) -> Floats:
-    """The chance that a standard normal value is below z."""
-    z = np.minimum(np.maximum(z, -SURE_Z), SURE_Z)
-    below = z * z
-    below *= -PHI_CUBE
-    below -= PHI_LINE
+    """The chance that a standard normal value is below z. What is far above needs no bound: there it is 1 to the last digit."""
+    z = np.maximum(z, _LEAST_Z)
+    below: Floats = z * z
+    below *= _CUBE
+    below -= _LINE
     below *= z
     np.exp(below, out=below)
-    below += 1.0
-    return np.divide(1.0, below, out=below)
+    below += _ONE
+    np.divide(_ONE, below, out=below)
+    return below
 
 
 def guess(*, is_gpu: bool) -> tuple[float, float]:
@@ -81,42 +91,37 @@ def guess(*, is_gpu: bool) -> tuple[float, float]:
     return PREFILL_TOKENS_PER_S_GUESS, DECODE_TOKENS_PER_S_GUESS
 
 
-def times(f: Facts, *, prompt: float, warm: Floats | float, output_mean: float, prompt_mean: float | None, now_s: float) -> Times:
-    """What to expect of each offer if a prompt of so many tokens, `warm` of them known there, were sent now.
+def times(f: Facts, *, unread: Floats | float, output: Floats | float, prompt_mean: float | None, now_s: float) -> Times:
+    """What to expect of each offer if a prompt were sent now of which so many tokens have to be read.
 
-    `prompt_mean` tokens have the prompts that come meanwhile; None if nobody minds how long a token takes.
+    `output` tokens has the answer, and `prompt_mean` the prompts that come meanwhile; None if nobody minds how long a token takes.
     """
-    queue = f.queue_until - now_s
+    now = np.array(now_s)
+    parts = np.empty((2 if prompt_mean is None else 3, len(f.rate)))
+    read, queue = parts[0], parts[1]
+    np.divide(unread, f.rate, out=read)
+    np.subtract(f.queue_until, now, out=queue)
     np.maximum(queue, f.queue_rest, out=queue)
-    read = (prompt - warm) / f.rate
     first = f.ahead_s + queue
     first += read
-    variance = read * read
-    variance *= f.prefill_var
-    behind = queue * queue
-    behind *= f.queue_var
-    variance += behind
-    variance += f.known_var
-    wait = None
-    is_full = f.held >= f.slots
-    if np.count_nonzero(is_full):
-        life = output_mean * f.step / f.slots
-        wait = np.where(is_full, np.maximum(f.slot_s - now_s, life * (f.held - f.slots + 1.0)), 0.0)
-        first += wait
-    sd = None if prompt_mean is None else _spread(f, output_mean=output_mean, prompt_mean=prompt_mean)
-    return Times(first, np.sqrt(variance, out=variance), read, queue, f.step, sd, wait)
-
-
-def _spread(f: Facts, *, output_mean: float, prompt_mean: float) -> Floats:
-    """The standard deviation of the logarithm of a token's time: a prompt that is read beside a short answer makes much of a difference."""
-    found = f.step * output_mean
-    found += LEAST_SD_S
-    found *= f.rate
-    np.divide(STALL * prompt_mean, found, out=found)
-    found *= found
-    found += f.decode_var
-    np.sqrt(found, out=found)
-    return np.minimum(found, SPREAD_MAX, out=found)
+    wait = f.slot_s - now
+    np.maximum(wait, f.slot_each * output, out=wait)
+    first += wait
+    if prompt_mean is not None:  # a prompt that is read beside a short answer makes much of a difference
+        stall = parts[2]
+        np.multiply(f.step, output, out=stall)
+        stall += _LEAST_SD
+        stall *= f.rate
+        np.divide(np.array(STALL * prompt_mean), stall, out=stall)
+    squares = parts * parts
+    squares[:2] *= f.spreads
+    squares[1] += squares[0]
+    spreads = squares[1:]
+    spreads += f.floors[: len(spreads)]
+    np.sqrt(spreads, out=spreads)
+    if prompt_mean is not None:
+        np.minimum(spreads[1], _SPREAD_MAX, out=spreads[1])
+    return Times(first, spreads, read, queue, f.step, f.step_log, wait)
 
 
 def derive(c: Columns, at: Any) -> None:
@@ -130,51 +135,74 @@ def derive(c: Columns, at: Any) -> None:
     theirs = c.others[at] * c.unread_each[at] / shared
     rest = np.maximum(0.0, c.unread[at] - c.head[at]) / shared + theirs
     c.held[at] = held
+    c.over[at] = over = held - c.slots[at] + 1.0
     c.rate[at] = np.where(held > 0, shared, prefill)
     c.step[at] = (1.0 + c.slope[at] * (np.minimum(c.slots[at], held + 1.0) - 1.0)) / decode * c.writes[at]
+    c.slot_each[at] = c.step[at] * np.maximum(0.0, over) / c.slots[at]
+    c.step_log[at] = np.log(np.maximum(c.step[at], STEP_S_MIN))
     c.ahead_s[at] = c.rtt_s[at] + c.load_s[at]
     c.known_var[at] = THEIRS_VAR * theirs * theirs + LEAST_SD_S**2
     c.queue_rest[at] = rest
     c.queue_until[at] = np.where(c.reading[at] > 0, c.head_s[at] + c.head[at] / alone + rest, 0.0)
     c.queue_var[at] = c.prefill_var[at] + QUEUE_VAR
     c.token_work[at] = (c.slope[at] + (1.0 - c.slope[at]) / c.slots[at]) / c.decode[at] * c.writes[at]
-    c.halt[at] = np.where(c.stop[at] != 0, c.stop[at], np.where(held >= c.room[at], CODE["busy"], 0))
+    c.halt[at] = np.where(c.stop[at] != 0, c.stop[at], np.where(held >= c.room[at], CODE["busy"], FREE))
 
 
-def as_cards_say(c: Columns) -> Facts:
+def as_cards_say(rows: tuple[Columns, Facts]) -> Facts:
     """The same offers without what was learnt of them: for the few calls that find out whether a slow or faulty node has recovered.
 
-    `c` are rows of their own, which are written.
+    The `rows` are a copy, which is written.
     """
+    c, facts = rows
     c.prefill_log[:] = c.decode_log[:] = 0.0
     c.prefill_var[:] = np.minimum(c.prefill_var, PREFILL_VAR_MEASURED)
     c.decode_var[:] = np.minimum(c.decode_var, DECODE_VAR_MEASURED)
     c.trust[:] = 1.0
     derive(c, slice(None))
-    return Facts._make(c[:FACTS])
+    return facts
 
 
 def chance(t: Times, targets: Targets, length: Length, *, limit: float) -> Floats:
     """The chance of each offer to meet the targets, from 0 to 1. `limit` is the most tokens that the answer can have."""
-    if targets.first_s < math.inf:
-        spare = targets.first_s - t.first_s
-        spare /= t.first_sd_s
-        chances = phi(spare)
-        if t.wait_s is not None:
-            # How long others' answers become is as good as exponential: few waits are much longer than expected, but those are.
-            spare = np.maximum(0.0, targets.first_s - (t.first_s - t.wait_s) - t.first_sd_s)
-            chances = np.where(t.wait_s > 0, 1.0 - np.exp(-spare / np.maximum(t.wait_s, 1e-9)), chances)
-    else:
-        chances = np.ones(len(t.first_s))
-    if targets.per_token_s < math.inf:
-        assert t.spread is not None, "somebody minds"
-        faster = targets.per_token_s / np.maximum(t.step_s, 1e-9)
-        np.log(faster, out=faster)
-        faster /= t.spread
-        chances *= phi(faster)
+    chances = _soon_enough(t, targets)
     if targets.end_s < math.inf:
-        assert t.spread is not None, "somebody minds"
-        room = (targets.end_s - t.first_s - 2.0 * t.first_sd_s) / np.maximum(1e-9, t.step_s * np.exp(t.spread))
+        longest = np.exp(t.spreads[1])
+        longest *= t.step_s
+        np.maximum(longest, _STEP_MIN, out=longest)
+        room = np.array(targets.end_s) - t.first_s
+        room -= _TWO * t.spreads[0]
+        room /= longest
         in_time: Flags = room >= limit
-        chances *= np.where(in_time, 1.0, length.below(room))
+        if np.count_nonzero(in_time) < len(room):
+            chances *= np.where(in_time, 1.0, length.below(room))
+    return chances
+
+
+def _soon_enough(t: Times, targets: Targets) -> Floats:
+    """The chance that the first token comes in time, and the others fast enough."""
+    minds_first, minds_each = targets.first_s < math.inf, targets.per_token_s < math.inf
+    if not minds_first and not minds_each:
+        return np.ones(len(t.first_s))
+    z = np.empty((minds_first + minds_each, len(t.first_s)))
+    if minds_first:
+        np.subtract(np.array(targets.first_s), t.first_s, out=z[0])
+    if minds_each:
+        np.subtract(np.array(math.log(max(STEP_S_MIN, targets.per_token_s))), t.step_log, out=z[-1])
+    z /= t.spreads if minds_first and minds_each else t.spreads[int(minds_each)]
+    found = phi(z)
+    chances: Floats = found[0]
+    full = t.wait_s.nonzero()[0] if minds_first else ()
+    if len(full):
+        # How long others' answers become is as good as exponential: few waits are much longer than expected, but those are.
+        wait = t.wait_s[full]
+        spare = t.first_s[full]
+        spare -= wait
+        np.subtract(np.array(targets.first_s), spare, out=spare)
+        spare -= t.spreads[0][full]
+        np.maximum(spare, _NOTHING, out=spare)
+        spare /= np.maximum(wait, _WAIT_MIN, out=wait)
+        chances[full] = _ONE - np.exp(-spare)
+    if minds_first and minds_each:
+        chances *= found[1]
     return chances

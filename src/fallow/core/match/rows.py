@@ -155,18 +155,33 @@ class Rows:
         """The rows of these organisations."""
         return [row for org in orgs for row in self.orgs.get(org, ())]
 
-    def cheapest_of(self, orgs: Iterable[int], *, beyond: int) -> list[int]:
-        """The rows of these organisations before `beyond`, some after it, and all that aren't put in order yet, ascending."""
+    def cheapest_of(self, orgs: Iterable[int], *, beyond: int) -> tuple[list[int], bool]:
+        """The rows of these organisations before `beyond`, some after it, and all that aren't put in order yet, ascending.
+
+        And whether these are all of them.
+        """
         found: list[int] = []
         newest: list[int] = []
+        is_all = True
         for org in orgs:
             rows = self.orgs.get(org)
-            if rows is not None:
+            if rows is None:
+                continue
+            if rows[-1] >= self.ordered:
                 ordered = bisect.bisect_left(rows, self.ordered)
-                found += rows[: min(ordered, bisect.bisect_left(rows, beyond) + NEAR_FIRST)]
                 newest += rows[ordered:]
+                rows = rows[:ordered]
+            if len(rows) > NEAR_FIRST:
+                end = bisect.bisect_left(rows, beyond) + NEAR_FIRST
+                is_all = is_all and end >= len(rows)
+                rows = rows[:end]
+            found += rows
         found.sort()
-        return found[: bisect.bisect_left(found, beyond) + NEAR_FIRST] + sorted(newest)
+        if len(found) > NEAR_FIRST:
+            end = bisect.bisect_left(found, beyond) + NEAR_FIRST
+            is_all = is_all and end >= len(found)
+            del found[end:]
+        return found + sorted(newest) if newest else found, is_all
 
     def drop(self, node_id: NodeId) -> None:
         """The node doesn't offer the model any more."""

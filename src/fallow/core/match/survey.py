@@ -5,11 +5,10 @@ from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from fallow.core.match import pick, predict, price
 from fallow.core.match.columns import GONE, Codes, Facts, Flags, Floats
-from fallow.core.match.filter import CODE, LIMITS, MARKET, RINGS, Ask, Kind, codes, sought_by
+from fallow.core.match.filter import CODE, FREE, MARKET, NOTHING_ELSE, RINGS, Ask, Kind, Outcomes, codes, sought_by
 from fallow.core.match.lengths import Length
 from fallow.core.match.market import Market
 from fallow.core.match.predict import Targets, Times
@@ -25,11 +24,14 @@ PROMPT_SURE = 0.3
 """The part of an estimated prompt that it has at least: a call isn't refused for a guess. What embeds takes many short texts."""
 FLEX_QUEUE_S = 2.0
 """A call that can wait doesn't stand in the way of others: it goes where little is queued."""
-
-
-_PASSING = ("owner_is_back", "engine_failed", "backing_off", "busy", "too_slow")
-PASSING: Flags = np.isin(np.arange(len(LIMITS) + 2), [0, *(CODE[name] for name in _PASSING)])
-"""By code, what stops an offer only for a while; the last is for the rows of offers that are gone."""
+_NO_ROWS: frozenset[int] = frozenset()
+NOWHERE = (NOBODY, NOBODY)
+"""No rows of the nearer rings."""
+_NO_NUMBERS: Floats = np.zeros(0)
+_NO_FLAGS: Flags = np.zeros(0, np.bool_)
+_NO_FACTS = Facts(*(_NO_NUMBERS,) * len(Facts._fields))
+_NO_TIMES = Times._make([_NO_NUMBERS] * len(Times._fields))
+_CHANCE_MIN, _FLEX_QUEUE, _ONE, _FREE = (np.array(one) for one in (pick.CHANCE_MIN, FLEX_QUEUE_S, 1.0, FREE))
 
 
 class Moment(NamedTuple):
@@ -39,16 +41,22 @@ class Moment(NamedTuple):
     at_s: float
 
 
+class Near(NamedTuple):
+    """Whose offers are in the nearer rings, and those of their rows that are looked at first, ascending, and whether these are all."""
+
+    orgs: tuple[Sequence[int], Sequence[int]]
+    rows: tuple[Codes, Codes]
+    are_all: tuple[bool, bool]
+
+
 class Question(NamedTuple):
     """What is asked of every offer of a shelf."""
 
     call: Call
     shelf: Shelf
-    outcomes: NDArray[np.int8]
+    outcomes: Outcomes
     kind_list: Sequence[Kind]
-    near_orgs: tuple[tuple[int, ...], tuple[int, ...]]
-    near: Codes
-    near_rings: Codes
+    near: Near
     prompt: float
     length: Length
     limit: float
@@ -61,49 +69,52 @@ class Question(NamedTuple):
     trusts_cards: bool
     only_free: bool
 
+    def ring(self, row: int) -> Ring:
+        """The ring that an offer is in."""
+        org = self.shelf.columns.org.item(row)
+        own, partners = self.near.orgs
+        return "own" if org in own else "partner" if org in partners else "market"
+
 
 class Look(NamedTuple):
-    """Some rows of a shelf as the call sees them, ascending; `codes` and `rings` are of all of them (None: all in the market).
+    """Some rows of a shelf as the call sees them, ascending, and what stops each. Every ordered row before `end` has been looked at.
 
-    Nothing stops those at the places `some`; `facts` and all that follows are of these alone. Every ordered row before `end` has
-    been looked at.
+    `near` are the places of the rows of the nearer rings, by ring; None if that isn't asked. What follows `end` is of all rows, but says
+    nothing of those that something stops; all is empty where that is all of them. `quiet` is the cost with the rent.
     """
 
     question: Question
     rows: Codes
     codes: Codes
-    rings: Codes | None
+    near: tuple[Codes, Codes]
     end: int
-    some: Codes
     facts: Facts
     times: Times
     chances: Floats
     cost: Floats
+    quiet: Floats
     score: Floats
     able: Flags
 
-    def row(self, at: int) -> int:
-        return int(self.rows[self.some[at]])
-
-    def rings_at(self, at: Codes) -> list[Ring]:
-        if self.rings is None:
-            return [RINGS[MARKET]] * len(at)
-        return [RINGS[ring] for ring in self.rings[self.some[at]].tolist()]
-
     def node_id(self, at: int) -> NodeId:
-        return self.question.shelf.nodes[self.row(at)]
+        return self.question.shelf.nodes[self.rows.item(at)]
 
     def stopped(self, code: int) -> Codes:
-        """The rows that a limit stopped."""
+        """The rows that a limit stopped, or none (FREE)."""
         rows: Codes = self.rows[self.codes == code]
         return rows
 
-    def able_in(self, ring: Ring) -> Flags | None:
-        """Which of the offers that nothing stops are able and in a ring; None if nothing that was looked at is in it."""
-        if self.rings is None:
-            return self.able if ring == "market" else None
-        there: Flags = self.able & (self.rings[self.some] == RINGS.index(ring))
-        return there
+    def able_in(self, ring: Ring) -> Codes:
+        """The places of the offers of a ring that are able."""
+        if ring != "market":
+            near = self.near[RINGS.index(ring)]
+            return near[self.able[near]] if len(near) else near
+        able = self.able
+        if len(self.near[0]) + len(self.near[1]):
+            able = able.copy()
+            able[self.near[0]] = able[self.near[1]] = False
+        found: Codes = able.nonzero()[0]
+        return found
 
 
 def targets_of(call: Call, now: Moment) -> Targets:
@@ -117,35 +128,47 @@ def targets_of(call: Call, now: Moment) -> Targets:
 
 
 def question(
-    call: Call, market: Market, shelf: Shelf, *, tried: Collection[NodeId], now: Moment, trusts_cards: bool = False, only_free: bool = False
+    call: Call,
+    market: Market,
+    shelf: Shelf,
+    *,
+    tried: Collection[NodeId] = (),
+    now: Moment,
+    trusts_cards: bool = False,
+    only_free: bool = False,
 ) -> Question:
     """The call put as a question to the offers of a shelf."""
-    needs, own = call.needs, market.org(call.org_id)
+    needs = call.needs
     prompt = market.prompts.tokens(call)
     length = market.lengths.expected(call.key_id, shelf.model, limit=needs.output_tokens_max)
-    near_orgs = ((own,), tuple({market.org(org) for org in needs.partners} - {own}))
-    near = sorted((row, ring) for ring, orgs in enumerate(near_orgs) for row in shelf.cheapest_of(orgs, beyond=PARTS[0]))
-    limit = math.inf if needs.output_tokens_max is None else float(needs.output_tokens_max)
+    row_of, rare = shelf.row_of, shelf.on_probation
     return Question(
         call=call,
         shelf=shelf,
         outcomes=market.kinds.outcomes(sought_by(call)),
         kind_list=market.kinds.list,
-        near_orgs=near_orgs,
-        near=np.array([row for row, _ in near], np.intp) if near else NOBODY,
-        near_rings=np.array([ring for _, ring in near], np.intp) if near else NOBODY,
+        near=_near(call, market, shelf),
         prompt=prompt,
         length=length,
-        limit=limit,
+        limit=math.inf if needs.output_tokens_max is None else float(needs.output_tokens_max),
         targets=targets_of(call, now),
-        warm=market.warmth.of(call, shelf, prompt),
-        tried=frozenset(row for node_id in tried if (row := shelf.row_of.get(node_id)) is not None),
-        on_probation=frozenset() if can_be_spared(call) else frozenset(shelf.row_of[node_id] for node_id in shelf.on_probation),
+        warm=market.warmth.of(call, shelf, prompt) if call.prefix else {},
+        tried=frozenset(row for node_id in tried if (row := row_of.get(node_id)) is not None) if tried else _NO_ROWS,
+        on_probation=frozenset(row_of[node_id] for node_id in rare) if rare and not can_be_spared(call) else _NO_ROWS,
         miss=shelf.miss(prompt, length.mean_tokens),
         now_s=now.at_s,
         trusts_cards=trusts_cards,
         only_free=only_free,
     )
+
+
+def _near(call: Call, market: Market, shelf: Shelf) -> Near:
+    own = market.org(call.org_id)
+    partners = [org for org in map(market.org, call.needs.partners) if org != own]
+    mine, are_mine = shelf.cheapest_of((own,), beyond=PARTS[0])
+    theirs, are_theirs = shelf.cheapest_of(partners, beyond=PARTS[0])
+    rows = np.array(mine, np.intp) if mine else NOBODY, np.array(theirs, np.intp) if theirs else NOBODY
+    return Near(((own,), partners), rows, (are_mine, are_theirs))
 
 
 def can_be_spared(call: Call) -> bool:
@@ -172,66 +195,79 @@ def cost_max(q: Question, rows: Codes | slice) -> Floats:
     return price.most(c.prompt_price[rows], c.output_price[rows], prompt=q.prompt, limit=limit)
 
 
-def times(q: Question, f: Facts, warm: Floats | float = 0.0) -> Times:
+def cost_most(q: Question, row: int) -> float:
+    """The same on one row."""
+    c = q.shelf.columns
+    limit = max(0.0, c.context.item(row) - q.prompt) if q.limit == math.inf else q.limit
+    return price.most(c.prompt_price.item(row), c.output_price.item(row), prompt=q.prompt, limit=limit)
+
+
+def times(q: Question, f: Facts, unread: Floats | float, output: Floats | float) -> Times:
     """When the answer would come from these offers."""
-    minds = min(q.targets.per_token_s, q.targets.end_s) < math.inf
-    prompt_mean = q.shelf.prompt_mean if minds else None
-    return predict.times(f, prompt=q.prompt, warm=warm, output_mean=q.length.mean_tokens, prompt_mean=prompt_mean, now_s=q.now_s)
+    minds = q.targets.per_token_s < math.inf or q.targets.end_s < math.inf
+    return predict.times(f, unread=unread, output=output, prompt_mean=q.shelf.prompt_mean if minds else None, now_s=q.now_s)
 
 
-def _look(q: Question, rows: Codes, where: Codes | slice, rings: Codes | None, *, end: int) -> Look:
-    """Ask the question of these rows; `where` are the same rows."""
-    return weigh(q, rows, _codes(q, rows, where, rings), rings, end=end)
+def unread_of(q: Question, warm: Floats | None) -> Floats:
+    """The tokens of the prompt that have to be read, as an array, since arithmetic with Python's numbers takes twice as long."""
+    return np.array(q.prompt) if warm is None else q.prompt - warm
 
 
-def weigh(q: Question, rows: Codes, found: Codes, rings: Codes | None, *, end: int) -> Look:
-    """Predict and price those of the rows that nothing stops, by the codes that were `found`."""
-    needs, shelf, output = q.call.needs, q.shelf, q.length.mean_tokens
-    some = np.equal(found, 0).nonzero()[0]
-    picked = rows[some]
-    f = predict.as_cards_say(shelf.table.rows(picked)) if q.trusts_cards else shelf.table.facts(picked)
-    warm = _warm(q, picked)
-    t = times(q, f, warm)
+def weigh(q: Question, rows: Codes, found: Codes, near: tuple[Codes, Codes], f: Facts | None = None, *, end: int) -> Look:
+    """Predict and price these rows, of which `found` stops some; `f` are their facts, where somebody has them already."""
+    needs, shelf = q.call.needs, q.shelf
+    free = found == _FREE
+    if not np.count_nonzero(free):
+        return Look(q, rows, found, NOWHERE, end, _NO_FACTS, _NO_TIMES, *(_NO_NUMBERS,) * 4, _NO_FLAGS)
+    if q.trusts_cards:
+        f = predict.as_cards_say(shelf.table.rows(rows))
+    elif f is None:
+        f = shelf.table.facts(rows)
+    warm, output = warm_of(q, rows), np.array(q.length.mean_tokens)
+    unread = unread_of(q, warm)
+    t = times(q, f, unread, output)
     chances = predict.chance(t, q.targets, q.length, limit=q.limit)
-    cost = price.expected(f, prompt=q.prompt, warm=warm, output=output)
     if needs.service_tier == "flex":  # it has the time to find out whether a node that failed has mended
-        able = (chances >= pick.CHANCE_MIN) & (t.queue_s < FLEX_QUEUE_S) & (f.held < f.slots)
+        able = (chances >= _CHANCE_MIN) & (t.queue_s < _FLEX_QUEUE) & (f.over < _ONE)
         chances *= f.trust
     else:
         chances *= f.trust
-        able = chances >= pick.CHANCE_MIN
+        able = chances >= _CHANCE_MIN
+    able &= free
     if q.only_free:
-        free = able & (f.held < f.slots)
-        able = free if np.count_nonzero(free) else able
+        idle = able & (f.over < _ONE)
+        able = idle if np.count_nonzero(idle) else able
     if needs.strict:
-        found[some[~able]] = CODE["too_slow"]
+        found[free & ~able] = CODE["too_slow"]
+    cost = price.expected(f, unread=unread, warm=warm, output=output)
+    quiet = price.work_s(f, t.read_s, output=output)
+    quiet *= f.rent
+    quiet += cost
     if needs.prefer == "fast":
         score = t.first_s + output * t.step_s
     else:
-        score = price.work_s(f, t.read_s, output=output)
-        score *= f.rent
-        score += cost
-        score += (1.0 - chances) * q.miss
-    return Look(q, rows, found, rings, end, some, f, t, chances, cost, score, able)
+        score = _ONE - chances
+        score *= np.array(q.miss)
+        score += quiet
+    return Look(q, rows, found, near, end, f, t, chances, cost, quiet, score, able)
 
 
-def _codes(q: Question, rows: Codes, where: Codes | slice, rings: Codes | None) -> Codes:
+def _codes(q: Question, rows: Codes, where: Codes | slice, outcomes: Outcomes) -> Codes:
+    """What stops each of these rows, which are also `where`; `outcomes` are those of their kinds and rings."""
     needs, shelf = q.call.needs, q.shelf
-    kinds = shelf.columns.kind[where]
     tokens = PROMPT_SURE * q.prompt
+    is_long, has_expired = tokens > shelf.context, q.now_s >= shelf.expires_s
+    price_max, cost_limit = needs.price_max_micro_per_munit, needs.cost_max_micro
+    if not (is_long or has_expired or q.tried or q.on_probation) and price_max is None and cost_limit is None:
+        return codes(shelf.columns, where, outcomes, None, NOTHING_ELSE)  # as with most calls
     ask = Ask(
-        tokens=tokens if tokens > shelf.context else None,
-        output_price_max=None if needs.price_max_micro_per_munit is None else needs.price_max_micro_per_munit / MUNIT,
-        cost_max=None if needs.cost_max_micro is None else float(needs.cost_max_micro),
+        tokens=tokens if is_long else None,
+        output_price_max=None if price_max is None else price_max / MUNIT,
+        cost_max=None if cost_limit is None else float(cost_limit),
         tried=_places(rows, q.tried)[0] if q.tried else None,
         on_probation=_places(rows, q.on_probation)[0] if q.on_probation else None,
-        expired_s=q.now_s if q.now_s >= shelf.expires_s else None,
-        has_gone=shelf.gone > 0,
+        expired_s=q.now_s if has_expired else None,
     )
-    outcomes = q.outcomes[MARKET].take(kinds)
-    if rings is not None:
-        nearer = (rings != MARKET).nonzero()[0]
-        outcomes[nearer] = q.outcomes[rings[nearer], kinds[nearer]]
     return codes(shelf.columns, where, outcomes, cost_max(q, where) if ask.cost_max is not None else None, ask)
 
 
@@ -242,13 +278,13 @@ def _places(rows: Codes, wanted: Collection[int]) -> tuple[Codes, list[int]]:
     return np.array([at for at, _ in there], np.intp), [row for _, row in there]
 
 
-def _warm(q: Question, rows: Codes) -> Floats | float:
-    """The warm tokens of each of these rows."""
+def warm_of(q: Question, rows: Codes) -> Floats | None:
+    """The warm tokens of each of these rows; None if there are none."""
     if not q.warm:
-        return 0.0
+        return None
     places, there = _places(rows, q.warm)
     if not there:
-        return 0.0
+        return None
     warm = np.zeros(len(rows))
     warm[places] = [q.warm[row] for row in there]
     return warm
@@ -256,36 +292,58 @@ def _warm(q: Question, rows: Codes) -> Floats | float:
 
 def first(q: Question) -> Look:
     """The first look: the cheapest offers and the newest, the quickest where that matters, and the cheapest of the nearer rings."""
-    shelf, count = q.shelf, len(q.shelf.nodes)
+    kind, near = q.shelf.columns.kind, q.near.rows
     if "market" not in q.call.needs.rings:
-        return _look(q, q.near, q.near, q.near_rings, end=0)
+        return _nearer(q, near)
+    end, more = _first_rows(q)
+    if len(more):
+        rows = np.concatenate((np.arange(end), more))
+        where: Codes | slice = rows
+        facts = q.shelf.table.joined(end, more)
+        near = (rows.searchsorted(near[0]), rows.searchsorted(near[1]))
+    else:
+        rows, where, facts = np.arange(end), slice(0, end), q.shelf.table.first(end)
+    kinds = kind[where]
+    outcomes = q.outcomes[MARKET].take(kinds)
+    for ring, places in enumerate(near):
+        if len(places):
+            outcomes[places] = q.outcomes[ring].take(kinds[places])
+    return weigh(q, rows, _codes(q, rows, where, outcomes), near, facts, end=end)
+
+
+def _first_rows(q: Question) -> tuple[int, Codes]:
+    """All rows before some one, and some after it: these are looked at first by who may use the market."""
+    shelf, count = q.shelf, len(q.shelf.nodes)
     if shelf.ordered <= PARTS[0]:
-        rows = np.arange(count)
-        return _look(q, rows, slice(0, count), _rings(q, rows), end=count)
+        return count, NOBODY
     end = PARTS[0]
-    apart = q.near[q.near.searchsorted(end) : q.near.searchsorted(shelf.ordered)]
+    more = [near[near.searchsorted(end) : near.searchsorted(shelf.ordered)] for near in q.near.rows if len(near)]
     if q.call.needs.prefer == "fast":
-        apart = np.union1d(apart, _market_rows(q, shelf.quick[shelf.quick.searchsorted(end) :]))
-    if not len(apart) and count == shelf.ordered:
-        rows = np.arange(end)
-        return _look(q, rows, slice(0, end), _rings(q, rows), end=end)
-    rows = np.concatenate([np.arange(end), apart, np.arange(shelf.ordered, count)])
-    return _look(q, rows, rows, _rings(q, rows), end=end)
+        more.append(_market_rows(q, shelf.quick[shelf.quick.searchsorted(end) :]))
+    found = np.sort(np.concatenate(more)) if more else NOBODY
+    return end, np.concatenate((found, np.arange(shelf.ordered, count))) if count > shelf.ordered else found
 
 
-def _rings(q: Question, rows: Codes) -> Codes | None:
-    """The ring of each of these rows, which ascend and have all of the nearer rings; None if all are in the market."""
-    if not len(q.near):
-        return None
-    rings = np.full(len(rows), MARKET, np.intp)
-    rings[rows.searchsorted(q.near)] = q.near_rings
-    return rings
+def _nearer(q: Question, near: tuple[Codes, Codes], *, end: int = 0) -> Look:
+    """A look at rows of the nearer rings alone."""
+    kind = q.shelf.columns.kind
+    outcomes = np.concatenate([q.outcomes[ring].take(kind[rows]) for ring, rows in enumerate(near)])
+    rows = np.concatenate(near)
+    by_ring = (np.arange(len(near[0])), np.arange(len(near[0]), len(rows)))
+    if len(near[0]) and len(near[1]):
+        order = rows.argsort()
+        rows, outcomes, places = rows[order], outcomes[order], order.argsort()
+        by_ring = (places[: len(near[0])], places[len(near[0]) :])
+    return weigh(q, rows, _codes(q, rows, rows, outcomes), by_ring, end=end)
 
 
 def rest_of(q: Question, ring: Ring) -> Look | None:
     """The offers of a nearer ring that the first look left out; None if there are none."""
-    rows = np.setdiff1d(np.array(q.shelf.of_orgs(q.near_orgs[RINGS.index(ring)]), np.intp), q.near)
-    return _look(q, rows, rows, np.full(len(rows), RINGS.index(ring)), end=0) if len(rows) else None
+    number = RINGS.index(ring)
+    if q.near.are_all[number]:
+        return None
+    rows = np.setdiff1d(np.array(q.shelf.of_orgs(q.near.orgs[number]), np.intp), q.near.rows[number])
+    return _nearer(q, (NOBODY, rows) if number else (rows, NOBODY))
 
 
 def further(look: Look) -> Look | None:
@@ -297,13 +355,19 @@ def further(look: Look) -> Look | None:
     rows = _market_rows(q, np.arange(begin, end))
     if q.call.needs.prefer == "fast":
         rows = np.setdiff1d(rows, q.shelf.quick, assume_unique=True)
-    return _look(q, rows, slice(begin, end) if len(rows) == end - begin else rows, None, end=end)
+    where = slice(begin, end) if len(rows) == end - begin else rows
+    outcomes = q.outcomes[MARKET].take(q.shelf.columns.kind[where])
+    return weigh(q, rows, _codes(q, rows, where, outcomes), NOWHERE, end=end)
 
 
 def _market_rows(q: Question, rows: Codes) -> Codes:
     """Those of the rows that aren't in a nearer ring."""
-    near = [org for orgs in q.near_orgs for org in orgs if org in q.shelf.orgs]
-    return rows[~np.isin(q.shelf.columns.org[rows], near)] if near else rows
+    near = [org for orgs in q.near.orgs for org in orgs if org in q.shelf.orgs]
+    if not near:
+        return rows
+    orgs = q.shelf.columns.org[rows]
+    found: Codes = rows[~np.isin(orgs, near)] if len(near) > 3 else rows[np.logical_and.reduce([orgs != org for org in near])]
+    return found
 
 
 def floor(look: Look) -> float:
@@ -316,69 +380,13 @@ def floor(look: Look) -> float:
     return float(shelf.cheapest_prompt[end] * q.prompt + shelf.columns.output_price[end] * q.length.mean_tokens)
 
 
-def quiet_cost(look: Look, ring: Ring) -> float:
-    """The least that the call would cost if nothing else was to be done; infinite if it could not be taken then either."""
-    q = look.question
-    may = may_come(look, ring)
-    if not len(may):
-        return math.inf
-    return float(_quiet(q, may).min())
-
-
-def quiet_cost_at(look: Look, at: int) -> float:
-    """What one offer would cost if it had nothing else to do."""
-    return float(_quiet(look.question, np.array([look.row(at)]))[0])
-
-
-def _quiet(q: Question, rows: Codes) -> Floats:
-    f, warm, output = q.shelf.table.facts(rows), _warm(q, rows), q.length.mean_tokens
-    read_s = (q.prompt - warm) / f.rate
-    return price.expected(f, prompt=q.prompt, warm=warm, output=output) + f.rent * price.work_s(f, read_s, output=output)
-
-
-def may_come(look: Look, ring: Ring) -> Codes:
-    """The rows that can take the call, now or when something has passed by itself. The market has all that there are."""
-    passing = PASSING[look.codes]
-    if ring != "market":
-        if look.rings is None:
-            return NOBODY
-        passing &= look.rings == RINGS.index(ring)
-    return look.rows[passing]
-
-
-def backing_off(look: Look) -> tuple[float, Look] | None:
-    """Until when nodes back off at the least whose offers nothing else stops, and a look at those as if they didn't.
-
-    None if there are none. A call that can't be spared is sent only where the time is over.
-    """
-    q, c = look.question, look.question.shelf.columns
-    at = np.flatnonzero(look.codes == CODE["backing_off"])
-    rows = look.rows[at]
-    fits = c.held[rows] < c.room[rows]
-    if not can_be_spared(q.call):
-        fits &= c.stop[rows] == 0
-    at, rows = at[fits], rows[fits]
-    if not len(rows):
-        return None
-    until_s = np.maximum(q.now_s, c.back_s[rows])
-    soonest = until_s == until_s.min()
-    at, rows = at[soonest], rows[soonest]
-    rings = None if look.rings is None else look.rings[at]
-    return float(until_s.min()), weigh(q, rows, np.zeros(len(rows), np.intp), rings, end=look.end)
-
-
-def lateness(look: Look) -> Floats:
-    """How many times longer than it should each offer takes, at the worst of the call's targets."""
-    targets, t = look.question.targets, look.times
-    end = t.first_s + look.question.length.mean_tokens * t.step_s
-    late = np.maximum(t.first_s / max(1e-3, targets.first_s), t.step_s / max(1e-6, targets.per_token_s))
-    return np.maximum(np.maximum(late, end / max(1e-3, targets.end_s)), 1e-9 * end)
-
-
 def everything(q: Question) -> Look:
     """All offers of the shelf at once, whatever ring they are in."""
-    rows = np.flatnonzero(q.shelf.columns.stop[: len(q.shelf.nodes)] != GONE)
+    c, count = q.shelf.columns, len(q.shelf.nodes)
+    rows = (c.stop[:count] != GONE).nonzero()[0]
     rings = np.full(len(rows), MARKET, np.intp)
-    for ring, orgs in enumerate(q.near_orgs):
-        rings[np.isin(q.shelf.columns.org[rows], orgs)] = ring
-    return _look(q, rows, rows, rings, end=len(q.shelf.nodes))
+    for ring, orgs in enumerate(q.near.orgs):
+        rings[np.isin(c.org[rows], orgs)] = ring
+    outcomes = q.outcomes[rings, c.kind[rows]]
+    by_ring = ((rings == 0).nonzero()[0], (rings == 1).nonzero()[0])
+    return weigh(q, rows, _codes(q, rows, rows, outcomes), by_ring, end=count)
