@@ -2,6 +2,8 @@
 
 import math
 import random
+from typing import get_args
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from msgspec.structs import replace
 
-from fallow.core.match import pick
+from fallow.core.match import pick, survey
 from fallow.core.match.columns import GONE
 from fallow.core.match.decide import match
 from fallow.core.match.filter import RINGS
@@ -18,12 +20,13 @@ from fallow.core.match.market import Market
 from fallow.core.match.rows import NEAR_FIRST, PARTS, TAIL_MAX
 from fallow.core.match.shelf import Shelf
 from fallow.model.ids import NodeId, OrgId
-from fallow.model.needs import Needs
+from fallow.model.needs import Needs, ServiceTier
 from fallow.model.quote import Place
 from fallow.model.receipt import Usage
 from offers import AT_S, CREDIT, NOW, PLAIN, Lent, call_of, later, looks, market_of, node_of, placed, put, quote_at
 
 MANY = settings(max_examples=40)
+TIERS = get_args(ServiceTier)
 PARTNERS = replace(PLAIN, partners=frozenset({OrgId("friend")}))
 NODES = [f"node-{letter}" for letter in "abcdef"]
 some_node = st.sampled_from(NODES)
@@ -287,6 +290,17 @@ def test_short_cuts_find_what_a_look_at_everything_finds(needs: Needs, seed: int
             assert scores[place.node_id] <= least * (1.0 + pick.NEAR) + 1e-9
             return
     assert not isinstance(decision, Place) or decision.able == 0
+
+
+@MANY
+@given(many_needs, st.sampled_from(TIERS), st.integers(0, 2**32))
+def test_who_is_served_by_a_nearer_ring_would_be_if_all_were_looked_at(needs: Needs, tier: ServiceTier, seed: int) -> None:
+    """The nearer rings are looked at first and alone: a short cut as well."""
+    needs = replace(needs, service_tier=tier, deadline_at_ms=NOW.wall_ms + 600_000 if tier == "flex" else None)
+    call, (market, _) = call_of(needs), grown(random.Random(seed))
+    decision = match(call, market, now=NOW)
+    with mock.patch.object(survey, "nearer", survey.first):
+        assert match(call, market, now=NOW) == decision
 
 
 @MANY

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from typing import NamedTuple
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -16,9 +17,9 @@ ROOM_FACTOR = 2
 """Columns grow by this factor, so that a newcomer seldom costs a copy."""
 
 
-class Facts(NamedTuple):
-    """What a prediction looks at, all arrays equally long. Times are seconds of the gateway's clock. `spreads` and `floors` are two
-    columns each, which stand among these too: they are reckoned with together.
+class Facts(msgspec.Struct, frozen=True):
+    """What a prediction looks at, all arrays equally long. Times are seconds of the gateway's clock. The last four are
+    several columns each, which stand below each other, since they are reckoned with together: see _TOGETHER.
 
     `prompt_price`, `cached_price`, `output_price` are micro-credits per token. `rate` is the prompt tokens a second that a new
     call gets, `prefill_var` its relative variance; `step` the seconds per token, `step_log` their logarithm,
@@ -33,23 +34,16 @@ class Facts(NamedTuple):
 
     prompt_price: Floats
     cached_price: Floats
-    output_price: Floats
-    rate: Floats
-    ahead_s: Floats
-    queue_until: Floats
-    queue_rest: Floats
-    over: Floats
-    slot_each: Floats
-    slot_s: Floats
     step: Floats
     step_log: Floats
-    prefill_var: Floats
-    queue_var: Floats
-    known_var: Floats
-    decode_var: Floats
-    token_work: Floats
+    rate: Floats
+    ahead_s: Floats
+    queue_rest: Floats
+    over: Floats
     rent: Floats
     trust: Floats
+    per_token: Floats
+    until: Floats
     spreads: Floats
     floors: Floats
 
@@ -70,20 +64,20 @@ class Columns(NamedTuple):
     prompt_price: Floats
     cached_price: Floats
     output_price: Floats
+    step: Floats
+    slot_each: Floats
+    token_work: Floats
+    step_log: Floats
     rate: Floats
     ahead_s: Floats
     queue_until: Floats
+    slot_s: Floats
     queue_rest: Floats
     over: Floats
-    slot_each: Floats
-    slot_s: Floats
-    step: Floats
-    step_log: Floats
     prefill_var: Floats
     queue_var: Floats
     known_var: Floats
     decode_var: Floats
-    token_work: Floats
     rent: Floats
     trust: Floats
     held: Floats
@@ -118,17 +112,33 @@ class Columns(NamedTuple):
         return Columns._make([column[begin:end] for column in self])
 
 
-FACTS = Facts._fields.index("spreads")
-assert Columns._fields[:FACTS] == Facts._fields[:FACTS], "the facts stand first"
-_SPREADS, _FLOORS = Columns._fields.index("prefill_var"), Columns._fields.index("known_var")
-assert Columns._fields[_SPREADS : _FLOORS + 2] == ("prefill_var", "queue_var", "known_var", "decode_var"), "what is taken together"
+_ALONE = tuple(Columns._fields.index(name) for name in Facts.__struct_fields__[:-4])
+
+
+def _together(*names: str) -> slice:
+    """Where these columns stand, one below the other."""
+    first = Columns._fields.index(names[0])
+    assert Columns._fields[first : first + len(names)] == names, "what is taken together"
+    return slice(first, first + len(names))
+
+
+_TOGETHER = (
+    _together("output_price", "step", "slot_each", "token_work"),
+    _together("queue_until", "slot_s"),
+    _together("prefill_var", "queue_var"),
+    _together("known_var", "decode_var"),
+)
+FACTS = Columns._fields.index("trust") + 1
+"""So many columns have all facts."""
+assert max(_ALONE) < FACTS, "the facts stand first"
+assert all(columns.stop <= FACTS for columns in _TOGETHER), "the facts stand first"
 CODES = Columns._fields.index("kind")
 """The first of the columns that are whole numbers."""
 
 
 def facts_of(floats: Floats) -> Facts:
     """The facts in columns that stand one below the other, as in a table."""
-    return Facts._make([*floats[:FACTS], floats[_SPREADS : _SPREADS + 2], floats[_FLOORS : _FLOORS + 2]])
+    return Facts(*[floats[column] for column in _ALONE], *[floats[columns] for columns in _TOGETHER])
 
 
 class Table:

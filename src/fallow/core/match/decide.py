@@ -2,15 +2,14 @@
 
 import math
 from collections.abc import Collection, Sequence
-from typing import NamedTuple
 
+import msgspec
 import numpy as np
 
-from fallow.core.match import explain, otherwise, pick, survey
+from fallow.core.match import explain, otherwise, pick, price, survey
 from fallow.core.match.columns import Codes, Floats
 from fallow.core.match.filter import FREE, RINGS
 from fallow.core.match.market import Market
-from fallow.core.match.price import rounded
 from fallow.core.match.survey import Look, Moment, Question
 from fallow.model.call import Call
 from fallow.model.ids import NodeId
@@ -37,8 +36,11 @@ def match(
     """
     luck = pick.draw(call.gateway_id, call.id, attempt)
     questions = ask(call, market, tried=tried, now=now, trusts_cards=luck < pick.EXPLORE and not call.needs.strict, only_free=only_free)
-    looks = [survey.first(q) for q in questions]
+    is_wide = "market" in call.needs.rings
+    looks = [survey.first(q) if is_wide and only_free else survey.nearer(q) for q in questions]  # whether a slot is free, all must tell
     for ring in RINGS:
+        if ring == "market" and is_wide and not only_free:
+            looks[: len(questions)] = [survey.first(q) for q in questions]
         best: Best | None = None
         for look in looks[: len(questions)]:
             best = _best(look, ring, looks, best)
@@ -71,7 +73,7 @@ def quotes(call: Call, market: Market, *, now: Moment) -> tuple[tuple[Quote, ...
     return tuple(quote for *_, quote in found[:QUOTES_MAX]), refusal
 
 
-class Best(NamedTuple):
+class Best(msgspec.Struct, frozen=True):
     """A look, the places of those that are able, their scores, and which of these is the least.
 
     `seen` is how many were able in this look and those before it.
@@ -198,24 +200,27 @@ def _last_resort(looks: Sequence[Look]) -> Place | None:
 
 def quotes_of(look: Look, ats: Sequence[int]) -> list[Quote]:
     """Offers, by their places in a look, applied to the call's needs."""
-    q, t = look.question, look.times
-    shelf, output, found = q.shelf, q.length.mean_tokens, []
+    q, c, t, found = look.question, look.question.columns, look.times, []
+    shelf, output, limit, prompt = q.shelf, q.length.mean_tokens, q.limit, q.prompt
+    own, partners = q.near.orgs
     for at in ats:
         row = look.rows.item(at)
-        first, step = t.first_s.item(at), t.step_s.item(at)
-        kind = q.kind_list[shelf.columns.kind.item(row)]
+        first, step, chance = t.first_s.item(at), t.step_s.item(at), look.chances.item(at)
+        most = limit if limit < math.inf else max(0.0, c.context.item(row) - prompt)
+        most = price.most(c.prompt_price.item(row), c.output_price.item(row), prompt=prompt, limit=most)
+        kind, org = q.kind_list[c.kind.item(row)], c.org.item(row)
         quote = Quote(
             node_id=shelf.nodes[row],
             model=shelf.model,
             hardware=kind.hardware,
-            ring=q.ring(row),
+            ring="own" if org in own else "partner" if org in partners else "market",
             region=kind.region,
-            cost_max_micro=rounded(survey.cost_most(q, row)),
-            cost_expected_micro=rounded(look.cost.item(at)),
+            cost_max_micro=price.rounded(most),
+            cost_expected_micro=price.rounded(look.cost.item(at)),
             first_token_in_ms=round(1000 * first),
-            per_token_ms=round(1000 * step, 3),
+            per_token_ms=int(1_000_000 * step + 0.5) / 1000,  # `round` with digits takes three times as long
             end_in_ms=round(1000 * (first + output * step)),
-            chance=round(look.chances.item(at), 4),
+            chance=int(10_000 * chance + 0.5) / 10_000,
         )
         found.append(quote)
     return found

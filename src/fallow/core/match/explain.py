@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from fallow.core.admit import YIELDING_RETRY_AFTER_MS
-from fallow.core.match import survey
+from fallow.core.match import predict, survey
 from fallow.core.match.columns import Codes, Floats
 from fallow.core.match.filter import CODE, FREE, LIMITS
 from fallow.core.match.market import Market
@@ -39,7 +39,8 @@ def _least(looks: Sequence[Look], code: int, of: Callable[[Look, Codes], Floats]
 
 def _times(look: Look, rows: Codes) -> Times:
     q = look.question
-    return survey.times(q, q.shelf.table.facts(rows), q.prompt, q.length.mean_tokens)
+    f = q.shelf.table.facts(rows)
+    return survey.times(q, f, predict.written(f, q.length.mean_tokens), q.prompt)
 
 
 def _kinds(looks: Sequence[Look], code: int, what: str) -> str:

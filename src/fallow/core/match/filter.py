@@ -232,17 +232,12 @@ class Ask(NamedTuple):
     expired_s: float | None
 
 
-NOTHING_ELSE = Ask(None, None, None, None, None, None)
-
-
 def codes(c: Columns, rows: Codes | slice, outcomes: Outcomes, cost: Floats | None, ask: Ask) -> Codes:
     """The first limit that stops each of these rows, as numbered in CODE, or FREE; GONE for who went away, which is less than all.
 
     `outcomes` are those of their kinds, `cost` is the most it can cost, where that is limited.
     """
     found: Codes = np.minimum(outcomes, c.halt[rows])
-    if ask is NOTHING_ELSE:
-        return found
     if ask.on_probation is not None and len(ask.on_probation):
         found[ask.on_probation] = np.minimum(found[ask.on_probation], CODE["backing_off"])
     if ask.tried is not None and len(ask.tried):

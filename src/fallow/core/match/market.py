@@ -55,7 +55,8 @@ class Market:
         self._families = Families()
         self._offered: dict[NodeId, dict[str, Offer]] = {}
         self.kinds = Kinds()
-        self._orgs: dict[OrgId, int] = {}
+        self.orgs: dict[OrgId, int] = {}
+        """The numbers of organisations, which are compared faster than names."""
         self._bookings: dict[str, Booking] = {}
         self.standings = Standings()
 
@@ -119,10 +120,10 @@ class Market:
         return [self._shelves[name] for name in self._families.models(model)]
 
     def org(self, org_id: OrgId) -> int:
-        """An organisation's number; numbers are compared faster than names."""
-        number = self._orgs.get(org_id)
+        """An organisation's number, a new one if it has none."""
+        number = self.orgs.get(org_id)
         if number is None:
-            number = self._orgs[org_id] = len(self._orgs)
+            number = self.orgs[org_id] = len(self.orgs)
         return number
 
     # calls

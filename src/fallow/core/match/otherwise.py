@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from fallow.core.match import price, survey
+from fallow.core.match import predict, price, survey
 from fallow.core.match.columns import Codes, Flags, Floats
 from fallow.core.match.filter import CODE, FREE, RINGS
 from fallow.core.match.survey import Look
@@ -31,8 +31,8 @@ def _quiet(look: Look) -> Floats:
     if len(look.quiet) and not q.trusts_cards:
         return look.quiet
     f, warm = q.shelf.table.facts(look.rows), survey.warm_of(q, look.rows)
-    unread, output = survey.unread_of(q, warm), q.length.mean_tokens
-    return price.expected(f, unread=unread, warm=warm, output=output) + f.rent * price.work_s(f, unread / f.rate, output=output)
+    unread, w = survey.unread_of(q, warm), predict.written(f, q.length.mean_tokens)
+    return price.quiet(f, w, price.expected(f, w, unread=unread, warm=warm), unread / f.rate)
 
 
 def _places(look: Look, ring: Ring) -> Codes:
@@ -54,7 +54,7 @@ def backing_off(look: Look) -> tuple[float, Look] | None:
 
     None if there are none. A call that can't be spared is sent only where the time is over.
     """
-    q, c = look.question, look.question.shelf.columns
+    q, c = look.question, look.question.columns
     rows = look.stopped(CODE["backing_off"])
     fits = c.held[rows] < c.room[rows]
     if not survey.can_be_spared(q.call):

@@ -9,6 +9,7 @@ by what was seen (learn.py).
 import math
 from typing import Any, NamedTuple
 
+import msgspec
 import numpy as np
 
 from fallow.core.match.columns import Columns, Facts, Flags, Floats
@@ -47,7 +48,7 @@ _LEAST_Z, _CUBE, _LINE, _ONE, _TWO, _LEAST_SD, _SPREAD_MAX, _STEP_MIN, _WAIT_MIN
 """As arrays, with which arithmetic takes half as long as with Python's numbers."""
 
 
-class Times(NamedTuple):
+class Times(msgspec.Struct, frozen=True):
     """Per offer, in seconds: to the first token, of that for reading this prompt and those before, and until a slot is free (0 where one
     is); of one token, and the logarithm of that.
 
@@ -78,9 +79,9 @@ def phi(z: Floats) -> Floats:
     below *= _CUBE
     below -= _LINE
     below *= z
-    np.exp(below, out=below)
+    np.exp(below, below)
     below += _ONE
-    np.divide(_ONE, below, out=below)
+    np.divide(_ONE, below, below)
     return below
 
 
@@ -91,34 +92,45 @@ def guess(*, is_gpu: bool) -> tuple[float, float]:
     return PREFILL_TOKENS_PER_S_GUESS, DECODE_TOKENS_PER_S_GUESS
 
 
-def times(f: Facts, *, unread: Floats | float, output: Floats | float, prompt_mean: float | None, now_s: float) -> Times:
+class Written(msgspec.Struct, frozen=True):
+    """What writing the whole answer takes, per offer: micro-credits, seconds, as many to wait for a slot, seconds of the machine."""
+
+    cost: Floats
+    step_s: Floats
+    wait_s: Floats
+    work_s: Floats
+
+
+def written(f: Facts, output: Floats | float) -> Written:
+    """For an answer of so many tokens."""
+    return Written(*(f.per_token * output))
+
+
+def times(f: Facts, w: Written, *, unread: Floats | float, prompt_mean: float | None, now_s: float) -> Times:
     """What to expect of each offer if a prompt were sent now of which so many tokens have to be read.
 
-    `output` tokens has the answer, and `prompt_mean` the prompts that come meanwhile; None if nobody minds how long a token takes.
+    `prompt_mean` tokens have the prompts that come meanwhile; None if nobody minds how long a token takes.
     """
-    now = np.array(now_s)
     parts = np.empty((2 if prompt_mean is None else 3, len(f.rate)))
     read, queue = parts[0], parts[1]
-    np.divide(unread, f.rate, out=read)
-    np.subtract(f.queue_until, now, out=queue)
-    np.maximum(queue, f.queue_rest, out=queue)
+    np.divide(unread, f.rate, read)
+    until = f.until - np.array(now_s)
+    np.maximum(until[0], f.queue_rest, out=queue)
+    wait = np.maximum(until[1], w.wait_s)
     first = f.ahead_s + queue
     first += read
-    wait = f.slot_s - now
-    np.maximum(wait, f.slot_each * output, out=wait)
     first += wait
     if prompt_mean is not None:  # a prompt that is read beside a short answer makes much of a difference
         stall = parts[2]
-        np.multiply(f.step, output, out=stall)
-        stall += _LEAST_SD
+        np.add(w.step_s, _LEAST_SD, stall)
         stall *= f.rate
-        np.divide(np.array(STALL * prompt_mean), stall, out=stall)
+        np.divide(np.array(STALL * prompt_mean), stall, stall)
     squares = parts * parts
     squares[:2] *= f.spreads
-    squares[1] += squares[0]
     spreads = squares[1:]
+    spreads[0] += squares[0]
     spreads += f.floors[: len(spreads)]
-    np.sqrt(spreads, out=spreads)
+    np.sqrt(spreads, spreads)
     if prompt_mean is not None:
         np.minimum(spreads[1], _SPREAD_MAX, out=spreads[1])
     return Times(first, spreads, read, queue, f.step, f.step_log, wait)
@@ -186,23 +198,29 @@ def _soon_enough(t: Times, targets: Targets) -> Floats:
         return np.ones(len(t.first_s))
     z = np.empty((minds_first + minds_each, len(t.first_s)))
     if minds_first:
-        np.subtract(np.array(targets.first_s), t.first_s, out=z[0])
+        np.subtract(np.array(targets.first_s), t.first_s, z[0])
+        waited = _waited(t, z[0]) if np.count_nonzero(t.wait_s) else None
     if minds_each:
-        np.subtract(np.array(math.log(max(STEP_S_MIN, targets.per_token_s))), t.step_log, out=z[-1])
+        np.subtract(np.array(math.log(max(STEP_S_MIN, targets.per_token_s))), t.step_log, z[-1])
     z /= t.spreads if minds_first and minds_each else t.spreads[int(minds_each)]
     found = phi(z)
     chances: Floats = found[0]
-    full = t.wait_s.nonzero()[0] if minds_first else ()
-    if len(full):
-        # How long others' answers become is as good as exponential: few waits are much longer than expected, but those are.
-        wait = t.wait_s[full]
-        spare = t.first_s[full]
-        spare -= wait
-        np.subtract(np.array(targets.first_s), spare, out=spare)
-        spare -= t.spreads[0][full]
-        np.maximum(spare, _NOTHING, out=spare)
-        spare /= np.maximum(wait, _WAIT_MIN, out=wait)
-        chances[full] = _ONE - np.exp(-spare)
+    if minds_first and waited is not None:
+        np.copyto(chances, waited, where=t.wait_s > _NOTHING)
     if minds_first and minds_each:
         chances *= found[1]
     return chances
+
+
+def _waited(t: Times, spare: Floats) -> Floats:
+    """The chance that the first token comes in time where no slot is free; `spare` seconds are left if all goes as expected.
+
+    How long others' answers become is as good as exponential: few waits are much longer than expected, but those are.
+    """
+    late = t.spreads[0] - spare
+    late -= t.wait_s
+    np.minimum(late, _NOTHING, out=late)
+    late /= np.maximum(t.wait_s, _WAIT_MIN)
+    np.exp(late, late)
+    found: Floats = _ONE - late
+    return found

@@ -4,6 +4,7 @@ import math
 from typing import TypeVar
 
 from fallow.core.match.columns import Facts, Floats
+from fallow.core.match.predict import Written
 
 Prices = TypeVar("Prices", Floats, float)
 MUNIT = 1_000_000
@@ -11,12 +12,12 @@ PROMPT_MARGIN = 1.5
 """A prompt is estimated from its bytes; a quote covers one that has so many times the tokens. Nothing above a quote is charged."""
 
 
-def expected(c: Facts, *, unread: Floats | float, warm: Floats | None, output: Floats | float) -> Floats:
+def expected(f: Facts, w: Written, *, unread: Floats | float, warm: Floats | None) -> Floats:
     """Micro-credits that the call will probably cost."""
-    cost = c.prompt_price * unread
+    cost = f.prompt_price * unread
     if warm is not None:
-        cost += c.cached_price * warm
-    cost += c.output_price * output
+        cost += f.cached_price * warm
+    cost += w.cost
     return cost
 
 
@@ -25,14 +26,15 @@ def most(prompt_price: Prices, output_price: Prices, *, prompt: float, limit: Pr
     return prompt_price * (PROMPT_MARGIN * prompt) + output_price * limit
 
 
-def work_s(c: Facts, read_s: Floats, *, output: Floats | float) -> Floats:
-    """Seconds of the whole machine that the call takes: what it reads alone, and its part of steps shared with others.
+def quiet(f: Facts, w: Written, cost: Floats, read_s: Floats) -> Floats:
+    """What the call costs with the rent of its time: seconds of the whole machine, what it reads alone and its part of shared steps.
 
     A stream's part of a step with m streams is slope + (1 - slope) / m; m is taken as the slots, as on a busy machine.
     """
-    work = c.token_work * output
-    work += read_s
-    return work
+    found = w.work_s + read_s
+    found *= f.rent
+    found += cost
+    return found
 
 
 def rounded(cost: float) -> int:

@@ -54,6 +54,7 @@ class Shelf(Rows):
         self.prompt_mean = PROMPT_MEAN_TOKENS
         self._ours = self._running = 0.01
         self.refreshed_s = self._drawn_s = 0.0
+        self.has_rents = False
 
     def put(self, node_id: NodeId, row: Row, *, now_s: float) -> None:
         super().put(node_id, row, now_s=now_s)
@@ -193,6 +194,7 @@ class Shelf(Rows):
         calls_per_s = len(asked) / max(1e-3, now_s - asked[0]) / self.share()
         c = self.columns.part(0, rows)
         c.rent[:] = rent.rents(c, wanted, calls_per_s=calls_per_s)
+        self.has_rents = bool(self.columns.rent.any())
 
     def share(self) -> float:
         """The part of what the offers run that is this gateway's."""

@@ -4,14 +4,15 @@ import math
 from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
+import msgspec
 import numpy as np
 
 from fallow.core.match import pick, predict, price
-from fallow.core.match.columns import GONE, Codes, Facts, Flags, Floats
-from fallow.core.match.filter import CODE, FREE, MARKET, NOTHING_ELSE, RINGS, Ask, Kind, Outcomes, codes, sought_by
+from fallow.core.match.columns import GONE, Codes, Columns, Facts, Flags, Floats
+from fallow.core.match.filter import CODE, FREE, MARKET, RINGS, Ask, Kind, Outcomes, codes, sought_by
 from fallow.core.match.lengths import Length
 from fallow.core.match.market import Market
-from fallow.core.match.predict import Targets, Times
+from fallow.core.match.predict import Targets, Times, Written
 from fallow.core.match.price import MUNIT
 from fallow.core.match.rent import Wanted
 from fallow.core.match.rows import NOBODY, PARTS
@@ -28,9 +29,8 @@ _NO_ROWS: frozenset[int] = frozenset()
 NOWHERE = (NOBODY, NOBODY)
 """No rows of the nearer rings."""
 _NO_NUMBERS: Floats = np.zeros(0)
-_NO_FLAGS: Flags = np.zeros(0, np.bool_)
-_NO_FACTS = Facts(*(_NO_NUMBERS,) * len(Facts._fields))
-_NO_TIMES = Times._make([_NO_NUMBERS] * len(Times._fields))
+_NO_FACTS = Facts(*(_NO_NUMBERS,) * len(Facts.__struct_fields__))
+_NO_TIMES = Times(*(_NO_NUMBERS,) * len(Times.__struct_fields__))
 _CHANCE_MIN, _FLEX_QUEUE, _ONE, _FREE = (np.array(one) for one in (pick.CHANCE_MIN, FLEX_QUEUE_S, 1.0, FREE))
 
 
@@ -41,7 +41,7 @@ class Moment(NamedTuple):
     at_s: float
 
 
-class Near(NamedTuple):
+class Near(msgspec.Struct, frozen=True):
     """Whose offers are in the nearer rings, and those of their rows that are looked at first, ascending, and whether these are all."""
 
     orgs: tuple[Sequence[int], Sequence[int]]
@@ -49,11 +49,12 @@ class Near(NamedTuple):
     are_all: tuple[bool, bool]
 
 
-class Question(NamedTuple):
+class Question(msgspec.Struct, frozen=True):
     """What is asked of every offer of a shelf."""
 
     call: Call
     shelf: Shelf
+    columns: Columns
     outcomes: Outcomes
     kind_list: Sequence[Kind]
     near: Near
@@ -69,18 +70,12 @@ class Question(NamedTuple):
     trusts_cards: bool
     only_free: bool
 
-    def ring(self, row: int) -> Ring:
-        """The ring that an offer is in."""
-        org = self.shelf.columns.org.item(row)
-        own, partners = self.near.orgs
-        return "own" if org in own else "partner" if org in partners else "market"
 
+class Look(msgspec.Struct, frozen=True):
+    """Some rows of a shelf as the call sees them, ascending in each ring, and what stops each. Every ordered row before `end` is there.
 
-class Look(NamedTuple):
-    """Some rows of a shelf as the call sees them, ascending, and what stops each. Every ordered row before `end` has been looked at.
-
-    `near` are the places of the rows of the nearer rings, by ring; None if that isn't asked. What follows `end` is of all rows, but says
-    nothing of those that something stops; all is empty where that is all of them. `quiet` is the cost with the rent.
+    `near` are the places of the rows of the nearer rings, by ring. What follows `end` is of all rows, but says nothing of those that
+    something stops; where that is all of them, only `able` is there. `quiet` is the cost with the rent.
     """
 
     question: Question
@@ -145,6 +140,7 @@ def question(
     return Question(
         call=call,
         shelf=shelf,
+        columns=shelf.columns,
         outcomes=market.kinds.outcomes(sought_by(call)),
         kind_list=market.kinds.list,
         near=_near(call, market, shelf),
@@ -163,8 +159,9 @@ def question(
 
 
 def _near(call: Call, market: Market, shelf: Shelf) -> Near:
-    own = market.org(call.org_id)
-    partners = [org for org in map(market.org, call.needs.partners) if org != own]
+    known = market.orgs  # whom nobody knows has no offers
+    own = known.get(call.org_id, -1)
+    partners = [number for org in call.needs.partners if (number := known.get(org, -1)) != own]
     mine, are_mine = shelf.cheapest_of((own,), beyond=PARTS[0])
     theirs, are_theirs = shelf.cheapest_of(partners, beyond=PARTS[0])
     rows = np.array(mine, np.intp) if mine else NOBODY, np.array(theirs, np.intp) if theirs else NOBODY
@@ -190,22 +187,15 @@ def wanted(call: Call, market: Market, now: Moment) -> Wanted | None:
 
 def cost_max(q: Question, rows: Codes | slice) -> Floats:
     """The most that the call can cost on these rows."""
-    c = q.shelf.columns
+    c = q.columns
     limit = np.maximum(0.0, c.context[rows] - q.prompt) if q.limit == math.inf else q.limit
     return price.most(c.prompt_price[rows], c.output_price[rows], prompt=q.prompt, limit=limit)
 
 
-def cost_most(q: Question, row: int) -> float:
-    """The same on one row."""
-    c = q.shelf.columns
-    limit = max(0.0, c.context.item(row) - q.prompt) if q.limit == math.inf else q.limit
-    return price.most(c.prompt_price.item(row), c.output_price.item(row), prompt=q.prompt, limit=limit)
-
-
-def times(q: Question, f: Facts, unread: Floats | float, output: Floats | float) -> Times:
+def times(q: Question, f: Facts, w: Written, unread: Floats | float) -> Times:
     """When the answer would come from these offers."""
     minds = q.targets.per_token_s < math.inf or q.targets.end_s < math.inf
-    return predict.times(f, unread=unread, output=output, prompt_mean=q.shelf.prompt_mean if minds else None, now_s=q.now_s)
+    return predict.times(f, w, unread=unread, prompt_mean=q.shelf.prompt_mean if minds else None, now_s=q.now_s)
 
 
 def unread_of(q: Question, warm: Floats | None) -> Floats:
@@ -218,14 +208,15 @@ def weigh(q: Question, rows: Codes, found: Codes, near: tuple[Codes, Codes], f: 
     needs, shelf = q.call.needs, q.shelf
     free = found == _FREE
     if not np.count_nonzero(free):
-        return Look(q, rows, found, NOWHERE, end, _NO_FACTS, _NO_TIMES, *(_NO_NUMBERS,) * 4, _NO_FLAGS)
+        return _nothing(q, rows, found, near, end=end)
     if q.trusts_cards:
         f = predict.as_cards_say(shelf.table.rows(rows))
     elif f is None:
         f = shelf.table.facts(rows)
     warm, output = warm_of(q, rows), np.array(q.length.mean_tokens)
     unread = unread_of(q, warm)
-    t = times(q, f, unread, output)
+    w = predict.written(f, output)
+    t = times(q, f, w, unread)
     chances = predict.chance(t, q.targets, q.length, limit=q.limit)
     if needs.service_tier == "flex":  # it has the time to find out whether a node that failed has mended
         able = (chances >= _CHANCE_MIN) & (t.queue_s < _FLEX_QUEUE) & (f.over < _ONE)
@@ -239,17 +230,22 @@ def weigh(q: Question, rows: Codes, found: Codes, near: tuple[Codes, Codes], f: 
         able = idle if np.count_nonzero(idle) else able
     if needs.strict:
         found[free & ~able] = CODE["too_slow"]
-    cost = price.expected(f, unread=unread, warm=warm, output=output)
-    quiet = price.work_s(f, t.read_s, output=output)
-    quiet *= f.rent
-    quiet += cost
+    cost = price.expected(f, w, unread=unread, warm=warm)
+    quiet = price.quiet(f, w, cost, t.read_s) if shelf.has_rents else cost
     if needs.prefer == "fast":
-        score = t.first_s + output * t.step_s
+        score = t.first_s + w.step_s
     else:
         score = _ONE - chances
         score *= np.array(q.miss)
         score += quiet
     return Look(q, rows, found, near, end, f, t, chances, cost, quiet, score, able)
+
+
+def _nothing(q: Question, rows: Codes, found: Codes, near: tuple[Codes, Codes] = NOWHERE, *, end: int) -> Look:
+    """A look at rows that are all stopped, of which nothing needs to be known."""
+    return Look(
+        q, rows, found, near, end, _NO_FACTS, _NO_TIMES, _NO_NUMBERS, _NO_NUMBERS, _NO_NUMBERS, _NO_NUMBERS, np.zeros(len(rows), np.bool_)
+    )
 
 
 def _codes(q: Question, rows: Codes, where: Codes | slice, outcomes: Outcomes) -> Codes:
@@ -259,7 +255,7 @@ def _codes(q: Question, rows: Codes, where: Codes | slice, outcomes: Outcomes) -
     is_long, has_expired = tokens > shelf.context, q.now_s >= shelf.expires_s
     price_max, cost_limit = needs.price_max_micro_per_munit, needs.cost_max_micro
     if not (is_long or has_expired or q.tried or q.on_probation) and price_max is None and cost_limit is None:
-        return codes(shelf.columns, where, outcomes, None, NOTHING_ELSE)  # as with most calls
+        return np.minimum(outcomes, q.columns.halt[where])  # nothing else can stop an offer: so it is with most calls
     ask = Ask(
         tokens=tokens if is_long else None,
         output_price_max=None if price_max is None else price_max / MUNIT,
@@ -268,13 +264,14 @@ def _codes(q: Question, rows: Codes, where: Codes | slice, outcomes: Outcomes) -
         on_probation=_places(rows, q.on_probation)[0] if q.on_probation else None,
         expired_s=q.now_s if has_expired else None,
     )
-    return codes(shelf.columns, where, outcomes, cost_max(q, where) if ask.cost_max is not None else None, ask)
+    return codes(q.columns, where, outcomes, cost_max(q, where) if ask.cost_max is not None else None, ask)
 
 
 def _places(rows: Codes, wanted: Collection[int]) -> tuple[Codes, list[int]]:
-    """Where these rows stand among others, which ascend; and which of them those are."""
-    found = [(at, row) for row, at in zip(wanted, np.searchsorted(rows, list(wanted)).tolist(), strict=True)]
-    there = [(at, row) for at, row in found if at < len(rows) and rows[at] == row]
+    """Where these rows stand among others, and which of them those are."""
+    order = rows.argsort()
+    found = [(at, row) for row, at in zip(wanted, np.searchsorted(rows, list(wanted), sorter=order).tolist(), strict=True)]
+    there = [(order[at], row) for at, row in found if at < len(rows) and rows[order[at]] == row]
     return np.array([at for at, _ in there], np.intp), [row for _, row in there]
 
 
@@ -292,9 +289,7 @@ def warm_of(q: Question, rows: Codes) -> Floats | None:
 
 def first(q: Question) -> Look:
     """The first look: the cheapest offers and the newest, the quickest where that matters, and the cheapest of the nearer rings."""
-    kind, near = q.shelf.columns.kind, q.near.rows
-    if "market" not in q.call.needs.rings:
-        return _nearer(q, near)
+    kind, near = q.columns.kind, q.near.rows
     end, more = _first_rows(q)
     if len(more):
         rows = np.concatenate((np.arange(end), more))
@@ -324,17 +319,22 @@ def _first_rows(q: Question) -> tuple[int, Codes]:
     return end, np.concatenate((found, np.arange(shelf.ordered, count))) if count > shelf.ordered else found
 
 
-def _nearer(q: Question, near: tuple[Codes, Codes], *, end: int = 0) -> Look:
-    """A look at rows of the nearer rings alone."""
-    kind = q.shelf.columns.kind
-    outcomes = np.concatenate([q.outcomes[ring].take(kind[rows]) for ring, rows in enumerate(near)])
-    rows = np.concatenate(near)
-    by_ring = (np.arange(len(near[0])), np.arange(len(near[0]), len(rows)))
-    if len(near[0]) and len(near[1]):
-        order = rows.argsort()
-        rows, outcomes, places = rows[order], outcomes[order], order.argsort()
-        by_ring = (places[: len(near[0])], places[len(near[0]) :])
-    return weigh(q, rows, _codes(q, rows, rows, outcomes), by_ring, end=end)
+def nearer(q: Question) -> Look:
+    """A look at the cheapest of the nearer rings alone, and the newest: most calls of who has machines go no further."""
+    return _nearer(q, q.near.rows)
+
+
+def _nearer(q: Question, near: tuple[Codes, Codes]) -> Look:
+    own, partner = near
+    first, count = len(own), len(own) + len(partner)
+    if not count:
+        return _nothing(q, NOBODY, NOBODY, end=0)
+    rows = own if first == count else partner if not first else np.concatenate(near)
+    outcomes = q.outcomes[int(not first)].take(q.columns.kind[rows])
+    if 0 < first < count:
+        outcomes[first:] = q.outcomes[1].take(q.columns.kind[partner])
+    places = np.arange(count)
+    return weigh(q, rows, _codes(q, rows, rows, outcomes), (places[:first], places[first:]), end=0)
 
 
 def rest_of(q: Question, ring: Ring) -> Look | None:
@@ -356,7 +356,7 @@ def further(look: Look) -> Look | None:
     if q.call.needs.prefer == "fast":
         rows = np.setdiff1d(rows, q.shelf.quick, assume_unique=True)
     where = slice(begin, end) if len(rows) == end - begin else rows
-    outcomes = q.outcomes[MARKET].take(q.shelf.columns.kind[where])
+    outcomes = q.outcomes[MARKET].take(q.columns.kind[where])
     return weigh(q, rows, _codes(q, rows, where, outcomes), NOWHERE, end=end)
 
 
@@ -365,7 +365,7 @@ def _market_rows(q: Question, rows: Codes) -> Codes:
     near = [org for orgs in q.near.orgs for org in orgs if org in q.shelf.orgs]
     if not near:
         return rows
-    orgs = q.shelf.columns.org[rows]
+    orgs = q.columns.org[rows]
     found: Codes = rows[~np.isin(orgs, near)] if len(near) > 3 else rows[np.logical_and.reduce([orgs != org for org in near])]
     return found
 
@@ -382,7 +382,7 @@ def floor(look: Look) -> float:
 
 def everything(q: Question) -> Look:
     """All offers of the shelf at once, whatever ring they are in."""
-    c, count = q.shelf.columns, len(q.shelf.nodes)
+    c, count = q.columns, len(q.shelf.nodes)
     rows = (c.stop[:count] != GONE).nonzero()[0]
     rings = np.full(len(rows), MARKET, np.intp)
     for ring, orgs in enumerate(q.near.orgs):
