@@ -80,28 +80,28 @@ class Sought(NamedTuple):
     """What of a call the limits on kinds look at."""
 
     path: str
-    org_id: OrgId
-    country: str
     quantisations: frozenset[str]
     regions: frozenset[str]
     countries: frozenset[str]
     hardware: HardwareKind | None
     isolation: Isolation | None
     rings: frozenset[Ring]
+    org_id: OrgId
+    country: str
 
 
 def sought_by(call: Call) -> Sought:
     needs = call.needs
     return Sought(
         call.path,
-        call.org_id,
-        call.country,
         needs.quantisations,
         needs.regions,
         needs.countries,
         needs.hardware,
         needs.isolation,
         needs.rings,
+        call.org_id,
+        call.country,
     )
 
 
@@ -159,6 +159,9 @@ STOPS = (
         lambda asked, given, ring: asked is not None and ISOLATION_RANK[given] < ISOLATION_RANK[asked],
     ),
 )
+_REFUSES = [stop.limit for stop in STOPS].index("lender_refuses")
+_CALLER = Sought._fields.index("org_id")
+"""What stands from here on in what a call seeks is of the caller, and matters to lenders who refuse some."""
 
 
 class Kinds:
@@ -169,7 +172,7 @@ class Kinds:
         self._numbers: dict[Kind, int] = {}
         self._values: list[dict[Any, int]] = [{} for _ in STOPS]
         self._value_of: list[list[int]] = [[] for _ in STOPS]
-        self._outcomes: OrderedDict[Sought, Outcomes] = OrderedDict()
+        self._outcomes: OrderedDict[tuple[Any, ...], Outcomes] = OrderedDict()
         self._stopped: OrderedDict[tuple[int, Any], Outcomes | None] = OrderedDict()
 
     def number(self, kind: Kind) -> int | None:
@@ -186,14 +189,15 @@ class Kinds:
 
     def outcomes(self, sought: Sought) -> Outcomes:
         """The first limit that stops offers of each ring and kind, FREE if none does."""
-        known = self._outcomes.get(sought)
+        refused = self._stopped_by(_REFUSES, (sought.org_id, sought.country))
+        name = sought[:_CALLER] if refused is None else sought  # whom nobody refuses are alike
+        known = self._outcomes.get(name)
         if known is None:
-            known = np.full((len(RINGS), len(self.list)), FREE, np.int8)
+            known = self._outcomes[name] = np.full((len(RINGS), len(self.list)), FREE, np.int8)
             for at, stop in enumerate(STOPS):
                 stopped = self._stopped_by(at, stop.of_call(sought))
                 if stopped is not None:
                     np.minimum(known, stopped, out=known)
-            self._outcomes[sought] = known
             if len(self._outcomes) > OUTCOMES_MAX:
                 self._outcomes.popitem(last=False)
         return known

@@ -54,6 +54,16 @@ class Mark(NamedTuple):
     is_on_probation: bool
 
 
+class Cheapest(NamedTuple):
+    """An organisation's rows that are looked at first: before `beyond`, so many after it, so many of the newest; whether they are all."""
+
+    rows: Codes
+    beyond: int
+    far: int
+    newest: int
+    are_all: bool
+
+
 class Rows:
     """The offers in order of their price, with the newest at the end."""
 
@@ -66,8 +76,12 @@ class Rows:
         self.gone = 0
         self.orgs: dict[int, list[int]] = {}
         """The rows of each organisation."""
+        self._known: dict[int, Cheapest] = {}
+        """Of some of these."""
         self.on_probation: set[NodeId] = set()
         """Nodes that backed off, and should be tried by a call that can be spared."""
+        self.doubted: set[NodeId] = set()
+        """Nodes whose trust isn't whole."""
         self.cheapest_prompt: Floats = np.zeros(0)
         self.quick: Codes = np.zeros(0, np.intp)
         self.expires_s = self.context = math.inf
@@ -99,6 +113,7 @@ class Rows:
             self._leave_row(old)
         self._write(at, row)
         self.orgs.setdefault(row.org, []).append(at)
+        self._known.pop(row.org, None)
         if len(self.nodes) - self.ordered > max(NEWCOMERS_MAX, self.ordered):
             self.order()
 
@@ -142,6 +157,7 @@ class Rows:
         c = self.columns
         c.trust[at], c.back_s[at] = mark.trust, mark.back_s
         (self.on_probation.add if mark.is_on_probation else self.on_probation.discard)(node_id)
+        (self.doubted.add if mark.trust != 1.0 else self.doubted.discard)(node_id)
         stop = int(c.state[at]) or mark.doubt
         if stop != c.stop[at]:
             c.stop[at] = stop
@@ -155,38 +171,41 @@ class Rows:
         """The rows of these organisations."""
         return [row for org in orgs for row in self.orgs.get(org, ())]
 
-    def cheapest_of(self, orgs: Iterable[int], *, beyond: int) -> tuple[list[int], bool]:
+    def cheapest_of(self, orgs: Iterable[int], *, beyond: int) -> tuple[Codes, bool]:
         """The rows of these organisations before `beyond`, some after it, and all that aren't put in order yet, ascending.
 
         And whether these are all of them.
         """
-        found: list[int] = []
-        newest: list[int] = []
-        is_all = True
-        for org in orgs:
+        found = [cheapest for org in orgs if (cheapest := self._cheapest(org, beyond)) is not None]
+        if len(found) < 2:
+            return (found[0].rows, found[0].are_all) if found else (NOBODY, True)
+        rows = np.concatenate([one.rows for one in found])
+        rows.sort()
+        over = sum([one.far for one in found]) - NEAR_FIRST
+        if over <= 0:
+            return rows, all(one.are_all for one in found)
+        newest = len(rows) - sum([one.newest for one in found])
+        return np.concatenate((rows[: newest - over], rows[newest:])), False
+
+    def _cheapest(self, org: int, beyond: int) -> "Cheapest | None":
+        """The same of one organisation, or None. It is remembered until something of it changes, since lists are slow to look at."""
+        known = self._known.get(org)
+        if known is None or known.beyond != beyond:
             rows = self.orgs.get(org)
             if rows is None:
-                continue
-            if rows[-1] >= self.ordered:
-                ordered = bisect.bisect_left(rows, self.ordered)
-                newest += rows[ordered:]
-                rows = rows[:ordered]
-            if len(rows) > NEAR_FIRST:
-                end = bisect.bisect_left(rows, beyond) + NEAR_FIRST
-                is_all = is_all and end >= len(rows)
-                rows = rows[:end]
-            found += rows
-        found.sort()
-        if len(found) > NEAR_FIRST:
-            end = bisect.bisect_left(found, beyond) + NEAR_FIRST
-            is_all = is_all and end >= len(found)
-            del found[end:]
-        return found + sorted(newest) if newest else found, is_all
+                return None
+            ordered = bisect.bisect_left(rows, self.ordered)
+            before = min(ordered, bisect.bisect_left(rows, beyond))
+            end = min(ordered, before + NEAR_FIRST)
+            some = np.array(rows[:end] + rows[ordered:], np.intp)
+            known = self._known[org] = Cheapest(some, beyond, end - before, len(rows) - ordered, end == ordered)
+        return known
 
     def drop(self, node_id: NodeId) -> None:
         """The node doesn't offer the model any more."""
         at = self.row_of.pop(node_id, None)
         self.on_probation.discard(node_id)
+        self.doubted.discard(node_id)
         if at is not None:
             self._leave_row(at)
 
@@ -194,6 +213,7 @@ class Rows:
         """Nobody's row any more, until the shelf is put in order."""
         org = int(self.columns.org[at])
         self.orgs[org].remove(at)
+        self._known.pop(org, None)
         if not self.orgs[org]:
             del self.orgs[org]
         self.columns.stop[at] = self.columns.halt[at] = GONE
@@ -216,7 +236,7 @@ class Rows:
         self.context = float(c.context[:count].min(initial=math.inf))
         floors = np.minimum.accumulate(np.minimum(c.prompt_price[:count], c.cached_price[:count])[::-1])[::-1]
         self.cheapest_prompt = floors
-        self.orgs = {}
+        self.orgs, self._known = {}, {}
         for row, org in enumerate(c.org[:count].tolist()):
             self.orgs.setdefault(org, []).append(row)
         self.quick = np.sort(np.argsort(-c.decode[:count], kind="stable")[:QUICK_ROWS])

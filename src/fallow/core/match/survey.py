@@ -164,8 +164,7 @@ def _near(call: Call, market: Market, shelf: Shelf) -> Near:
     partners = [number for org in call.needs.partners if (number := known.get(org, -1)) != own]
     mine, are_mine = shelf.cheapest_of((own,), beyond=PARTS[0])
     theirs, are_theirs = shelf.cheapest_of(partners, beyond=PARTS[0])
-    rows = np.array(mine, np.intp) if mine else NOBODY, np.array(theirs, np.intp) if theirs else NOBODY
-    return Near(((own,), partners), rows, (are_mine, are_theirs))
+    return Near(((own,), partners), (mine, theirs), (are_mine, are_theirs))
 
 
 def can_be_spared(call: Call) -> bool:
@@ -220,9 +219,9 @@ def weigh(q: Question, rows: Codes, found: Codes, near: tuple[Codes, Codes], f: 
     chances = predict.chance(t, q.targets, q.length, limit=q.limit)
     if needs.service_tier == "flex":  # it has the time to find out whether a node that failed has mended
         able = (chances >= _CHANCE_MIN) & (t.queue_s < _FLEX_QUEUE) & (f.over < _ONE)
-        chances *= f.trust
+        chances = chances * f.trust if shelf.doubted else chances
     else:
-        chances *= f.trust
+        chances = chances * f.trust if shelf.doubted else chances
         able = chances >= _CHANCE_MIN
     able &= free
     if q.only_free:
@@ -342,7 +341,10 @@ def rest_of(q: Question, ring: Ring) -> Look | None:
     number = RINGS.index(ring)
     if q.near.are_all[number]:
         return None
-    rows = np.setdiff1d(np.array(q.shelf.of_orgs(q.near.orgs[number]), np.intp), q.near.rows[number])
+    rows = np.sort(np.array(q.shelf.of_orgs(q.near.orgs[number]), np.intp))
+    is_left = np.ones(len(rows), np.bool_)
+    is_left[rows.searchsorted(q.near.rows[number])] = False
+    rows = rows[is_left]
     return _nearer(q, (NOBODY, rows) if number else (rows, NOBODY))
 
 
