@@ -159,6 +159,10 @@ class Table:
             self._first = (end, facts_of(self._floats[:, :end]))
         return self._first[1]
 
+    def between(self, begin: int, end: int) -> Facts:
+        """The facts of the rows from `begin` up to `end`, as views."""
+        return facts_of(self._floats[:, begin:end])
+
     def facts(self, rows: Codes) -> Facts:
         """The facts of these rows, copied."""
         return facts_of(self._floats[:FACTS].take(rows, axis=1))

@@ -25,6 +25,8 @@ PROMPT_SURE = 0.3
 """The part of an estimated prompt that it has at least: a call isn't refused for a guess. What embeds takes many short texts."""
 FLEX_QUEUE_S = 2.0
 """A call that can wait doesn't stand in the way of others: it goes where little is queued."""
+FEW_ORGS = 8
+"""So many are compared one by one."""
 _NO_ROWS: frozenset[int] = frozenset()
 NOWHERE = (NOBODY, NOBODY)
 """No rows of the nearer rings."""
@@ -242,9 +244,8 @@ def weigh(q: Question, rows: Codes, found: Codes, near: tuple[Codes, Codes], f: 
 
 def _nothing(q: Question, rows: Codes, found: Codes, near: tuple[Codes, Codes] = NOWHERE, *, end: int) -> Look:
     """A look at rows that are all stopped, of which nothing needs to be known."""
-    return Look(
-        q, rows, found, near, end, _NO_FACTS, _NO_TIMES, _NO_NUMBERS, _NO_NUMBERS, _NO_NUMBERS, _NO_NUMBERS, np.zeros(len(rows), np.bool_)
-    )
+    none, able = _NO_NUMBERS, np.zeros(len(rows), np.bool_)
+    return Look(q, rows, found, near, end, _NO_FACTS, _NO_TIMES, none, none, none, none, able)
 
 
 def _codes(q: Question, rows: Codes, where: Codes | slice, outcomes: Outcomes) -> Codes:
@@ -313,7 +314,9 @@ def _first_rows(q: Question) -> tuple[int, Codes]:
     end = PARTS[0]
     more = [near[near.searchsorted(end) : near.searchsorted(shelf.ordered)] for near in q.near.rows if len(near)]
     if q.call.needs.prefer == "fast":
-        more.append(_market_rows(q, shelf.quick[shelf.quick.searchsorted(end) :]))
+        quick = shelf.quick[shelf.quick.searchsorted(end) :]
+        nearer = _are_near(q, quick)
+        more.append(quick if nearer is None else quick[~nearer])
     found = np.sort(np.concatenate(more)) if more else NOBODY
     return end, np.concatenate((found, np.arange(shelf.ordered, count))) if count > shelf.ordered else found
 
@@ -354,21 +357,24 @@ def further(look: Look) -> Look | None:
     if begin >= q.shelf.ordered or "market" not in q.call.needs.rings:
         return None
     end = min(next(part for part in PARTS if part > begin), q.shelf.ordered)
-    rows = _market_rows(q, np.arange(begin, end))
+    rows, where = np.arange(begin, end), slice(begin, end)
+    found = _codes(q, rows, where, q.outcomes[MARKET].take(q.columns.kind[where]))
+    near = _are_near(q, where)
+    if near is not None:
+        found[near] = GONE  # they are looked at elsewhere
     if q.call.needs.prefer == "fast":
-        rows = np.setdiff1d(rows, q.shelf.quick, assume_unique=True)
-    where = slice(begin, end) if len(rows) == end - begin else rows
-    outcomes = q.outcomes[MARKET].take(q.columns.kind[where])
-    return weigh(q, rows, _codes(q, rows, where, outcomes), NOWHERE, end=end)
+        quick = q.shelf.quick
+        found[quick[quick.searchsorted(begin) : quick.searchsorted(end)] - begin] = GONE
+    return weigh(q, rows, found, NOWHERE, q.shelf.table.between(begin, end), end=end)
 
 
-def _market_rows(q: Question, rows: Codes) -> Codes:
-    """Those of the rows that aren't in a nearer ring."""
+def _are_near(q: Question, where: Codes | slice) -> Flags | None:
+    """Which of these rows are in a nearer ring; None if none of the shelf is."""
     near = [org for orgs in q.near.orgs for org in orgs if org in q.shelf.orgs]
     if not near:
-        return rows
-    orgs = q.columns.org[rows]
-    found: Codes = rows[~np.isin(orgs, near)] if len(near) > 3 else rows[np.logical_and.reduce([orgs != org for org in near])]
+        return None
+    orgs = q.columns.org[where]
+    found: Flags = np.isin(orgs, near) if len(near) > FEW_ORGS else np.logical_or.reduce([orgs == org for org in near])
     return found
 
 
