@@ -206,8 +206,6 @@ def quotes_of(look: Look, ats: Sequence[int]) -> list[Quote]:
     for at in ats:
         row = look.rows.item(at)
         first, step, chance = t.first_s.item(at), t.step_s.item(at), look.chances.item(at)
-        most = limit if limit < math.inf else max(0.0, c.context.item(row) - prompt)
-        most = price.most(c.prompt_price.item(row), c.output_price.item(row), prompt=prompt, limit=most)
         kind, org = q.kind_list[c.kind.item(row)], c.org.item(row)
         quote = Quote(
             node_id=shelf.nodes[row],
@@ -215,7 +213,7 @@ def quotes_of(look: Look, ats: Sequence[int]) -> list[Quote]:
             hardware=kind.hardware,
             ring="own" if org in own else "partner" if org in partners else "market",
             region=kind.region,
-            cost_max_micro=price.rounded(most),
+            cost_max_micro=price.promised(c, row, prompt=prompt, limit=limit),
             cost_expected_micro=price.rounded(look.cost.item(at)),
             first_token_in_ms=round(1000 * first),
             per_token_ms=int(1_000_000 * step + 0.5) / 1000,  # `round` with digits takes three times as long

@@ -1,13 +1,15 @@
 """What a call costs on each offer: what is expected, and the most, which is what a quote promises."""
 
 import math
-from typing import TypeVar
 
-from fallow.core.match.columns import Facts, Floats
+import numpy as np
+
+from fallow.core.match.columns import Codes, Columns, Facts, Floats
 from fallow.core.match.predict import Written
 
-Prices = TypeVar("Prices", Floats, float)
 MUNIT = 1_000_000
+ROUND = 1e-6
+"""So much above a whole number is taken for what arithmetic adds."""
 PROMPT_MARGIN = 1.5
 """A prompt is estimated from its bytes; a quote covers one that has so many times the tokens. Nothing above a quote is charged."""
 
@@ -21,9 +23,16 @@ def expected(f: Facts, w: Written, *, unread: Floats | float, warm: Floats | Non
     return cost
 
 
-def most(prompt_price: Prices, output_price: Prices, *, prompt: float, limit: Prices | float) -> Prices:
-    """Micro-credits that the call can cost at most, if nothing is cached and the answer is as long as it can be."""
-    return prompt_price * (PROMPT_MARGIN * prompt) + output_price * limit
+def most(c: Columns, rows: Codes | slice, *, prompt: float, limit: float) -> Floats:
+    """Micro-credits that the call can cost at most: nothing is cached, and the answer is as long as it can be, which may have no limit."""
+    longest = np.maximum(0.0, c.context[rows] - prompt) if limit == math.inf else limit
+    return c.prompt_price[rows] * (PROMPT_MARGIN * prompt) + c.output_price[rows] * longest
+
+
+def promised(c: Columns, row: int, *, prompt: float, limit: float) -> int:
+    """The same on one row in whole micro-credits: what a quote promises."""
+    longest = max(0.0, c.context.item(row) - prompt) if limit == math.inf else limit
+    return math.ceil(c.prompt_price.item(row) * (PROMPT_MARGIN * prompt) + c.output_price.item(row) * longest - ROUND)
 
 
 def quiet(f: Facts, w: Written, cost: Floats, read_s: Floats) -> Floats:
@@ -39,4 +48,4 @@ def quiet(f: Facts, w: Written, cost: Floats, read_s: Floats) -> Floats:
 
 def rounded(cost: float) -> int:
     """A ceiling in whole micro-credits."""
-    return math.ceil(cost - 1e-6)
+    return math.ceil(cost - ROUND)

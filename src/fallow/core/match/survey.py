@@ -188,9 +188,7 @@ def wanted(call: Call, market: Market, now: Moment) -> Wanted | None:
 
 def cost_max(q: Question, rows: Codes | slice) -> Floats:
     """The most that the call can cost on these rows."""
-    c = q.columns
-    limit = np.maximum(0.0, c.context[rows] - q.prompt) if q.limit == math.inf else q.limit
-    return price.most(c.prompt_price[rows], c.output_price[rows], prompt=q.prompt, limit=limit)
+    return price.most(q.columns, rows, prompt=q.prompt, limit=q.limit)
 
 
 def times(q: Question, f: Facts, w: Written, unread: Floats | float) -> Times:
