@@ -6,8 +6,8 @@ STAMP := $(VENV)/.installed
 
 # Tests that don't mind others beside them. The rest of the acceptance tests watch what the machine does, and have it to themselves.
 SIDE_BY_SIDE := -n auto --maxprocesses 4 --dist loadfile
-BESIDE := $(wildcard tests/acceptance/test_api_*.py) $(addprefix tests/acceptance/test_,attacks.py budget.py calls.py errors.py \
-  examples.py fuzz.py idempotency.py identity.py lent_server.py proxy.py quotes.py rolling.py)
+BESIDE := $(wildcard tests/acceptance/test_api_*.py) $(addprefix tests/acceptance/test_,attacks.py budget.py calls.py canary.py \
+  errors.py examples.py fuzz.py hostile_broker.py idempotency.py identity.py lent_server.py proxy.py quotes.py rolling.py)
 
 .PHONY: setup demo lint test fuzz bench bench-peers lock clean
 
@@ -35,9 +35,11 @@ test: setup
 	$(BIN)/pytest $(BESIDE) $(SIDE_BY_SIDE)
 	$(BIN)/pytest tests/acceptance $(addprefix --ignore=,$(BESIDE))
 
-# Promises with examples that differ in each run, then 5,000 generated bodies per endpoint against a real model: an hour or more.
+# Promises with examples that differ in each run, each decoder for a minute, then 5,000 generated bodies per endpoint against a real
+# model: an hour or more.
 fuzz: setup
 	$(BIN)/pytest tests/core tests/wire --hypothesis-profile=search $(SIDE_BY_SIDE)
+	FUZZ_SECONDS=60 $(BIN)/pytest tests/wire/test_decoder_fuzz.py -n auto --maxprocesses 4
 	@$(BIN)/fallow models pull smollm2-135m-instruct all-minilm-l6-v2
 	FUZZ_EXAMPLES=5000 $(BIN)/pytest tests/acceptance/test_fuzz.py
 

@@ -19,6 +19,7 @@ from fallow.adapters.nats_bus import NatsBus
 from fallow.apps.joining import Joined, join, read_invitation
 from fallow.apps.node.attached import attach
 from fallow.apps.node.node import Node
+from fallow.apps.node.seals import vouched_by
 from fallow.apps.settings import Settings, load
 from fallow.model.card import Card
 from fallow.model.ids import NodeId
@@ -142,7 +143,8 @@ class Pen:
             serves=frozenset({"own", "partner"}),
         )
         frail = FrailBus(bus)
-        node = Node(card, found.served, frail, self._clock, joined.credentials.key.sign)
+        speaks = vouched_by(joined.authority, joined.hub_org_id, self._clock)
+        node = Node(card, found.served, frail, self._clock, joined.credentials.key.sign, speaks)
         assert self.group is not None, "commands come only while the group is open"
         self._inmates[name] = Inmate(node, frail, self.group.create_task(node.run(asyncio.Event()), name=name))
 

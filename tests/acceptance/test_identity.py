@@ -15,12 +15,14 @@ import pytest
 from running import FALLOW, Apart, Running, Service, fallow, node_id_of, until
 from test_rolling import END_S, MODEL, ROOT, Long, free_port, say
 from test_rolling import Site as Rolling
+from trusted import connections
 
 from fallow.adapters.clock import SystemClock
 from fallow.adapters.nats_bus import NatsBus
 from fallow.apps.joining import Joined, join, read_invitation
 from fallow.apps.node.attached import attach
 from fallow.apps.node.node import Node
+from fallow.apps.node.seals import vouched_by
 from fallow.apps.settings import load
 from fallow.core.cards import CARD_LIFE_MS, REASONS
 from fallow.model.card import Card
@@ -246,7 +248,7 @@ class Elsewhere(threading.Thread):
             serves=frozenset({"own", "partner", "market"}),
             **{**said, **self.claims},
         )
-        node = Node(card, found.served, bus, clock, joined.credentials.key.sign)
+        node = Node(card, found.served, bus, clock, joined.credentials.key.sign, vouched_by(joined.authority, joined.hub_org_id, clock))
         until_told = asyncio.Event()
         running = asyncio.ensure_future(node.run(until_told))
         while not self.stop.is_set():
@@ -364,11 +366,8 @@ def test_a_ban_puts_a_node_out_at_once_and_its_stream_goes_on_elsewhere(site: Si
 
 
 def is_connected(site: Site, node_id: str) -> bool:
-    """Whether the node still holds a connection to the broker: by what its own process has open."""
-    name = next(name for name in ("node1", "node2") if node_id_of(site.folder / name) == node_id)
-    port = int(site.hub_address.rpartition(":")[2])
-    connections = site.parts[name].family()[0].net_connections("tcp")
-    return any(one.status == "ESTABLISHED" and bool(one.raddr) and one.raddr.port == port for one in connections)
+    """Whether the node still holds a connection to the broker."""
+    return node_id in asyncio.run(connections(site.hub_address, site.hub / "hub" / "keys"))
 
 
 def comes_back(site: Site, name: str) -> bool:

@@ -1,6 +1,7 @@
 """Starting and stopping, as somebody at a terminal does it."""
 
 import json
+import os
 import signal
 import stat
 from pathlib import Path
@@ -8,6 +9,8 @@ from pathlib import Path
 import psutil
 import pytest
 from running import MODEL, Running, Service, fallow, start_up, until
+
+LOUD = Path(__file__).parents[1] / "helpers" / "loud"
 
 
 def all_gone(family: list[psutil.Process]) -> bool:
@@ -93,7 +96,8 @@ def test_ephemeral_leaves_nothing(weights: None, tmp_path: Path) -> None:
     assert "--ephemeral" in up.said()
 
 
-def test_prompts_and_keys_reach_no_log(weights: None, tmp_path: Path) -> None:
+def test_prompts_and_keys_reach_no_log(weights: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(LOUD), os.environ.get("PYTHONPATH", "")])))
     service = start_up(tmp_path / "d", "--verbose")
     canary = "zanzibar-canary-7261"
     body = {"model": MODEL, "messages": [{"role": "user", "content": f"Repeat: {canary}"}], "max_tokens": 16}
@@ -103,6 +107,7 @@ def test_prompts_and_keys_reach_no_log(weights: None, tmp_path: Path) -> None:
     assert service.get("/metrics").status_code == 200
     service.parts["up"].stop()
     greeted = service.parts["up"].said()
+    assert all("everything is logged" in (tmp_path / "d" / "logs" / f"{part}.log").read_text() for part in ("hub", "gateway", "lend"))
     assert canary not in greeted
     for path in (tmp_path / "d").rglob("*"):
         if path.is_file():

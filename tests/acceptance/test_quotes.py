@@ -31,6 +31,7 @@ def test_a_quote_then_the_call_then_why(service: Service, client: openai.OpenAI,
             pass
     head = answer.headers
     assert (head["fallow-node"], head["fallow-ring"]) == (node_id, "own")
+    assert head["fallow-readers"] == "hub, node", "who runs the hub runs this gateway"
     told = until(lambda: over(service, head["fallow-call"]), what="the end of the call")
     [attempt] = told["attempts"]
     assert (attempt["node"], attempt["ring"], attempt["quote"]["hardware"], attempt["others"]) == (node_id, "own", "cpu", [])

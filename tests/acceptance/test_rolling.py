@@ -139,6 +139,19 @@ class Site(Apart):
         self.services: list[Service] = []
 
     def start(self) -> None:
+        self.begin()
+        data = self.folder / "hub"
+        for name in ("gateway1", "gateway2"):
+            flags = ["--hub", self.hub_address, "--port", str(free_port()), "--join-file", str(data / "invitation")]
+            self.parts[name] = Running(self.folder / name, "gateway", *flags)
+        url = self.start_engine()
+        for name in ("node1", "node2"):
+            self.lend(name, "--engine", url, "--slots", "4")
+        self.services = [self._service(name) for name in ("gateway1", "gateway2")]
+        self.wait_ready()
+
+    def begin(self) -> None:
+        """Broker and hub."""
         port = free_port()
         data = self.folder / "hub"
         data.mkdir()
@@ -148,16 +161,12 @@ class Site(Apart):
         until(lambda: is_open(port), what="the broker")
         self.parts["hub"] = Running(data, "hub", "--broker", self.hub_address)
         until(lambda: "The hub is up" in self.parts["hub"].said(), what="the hub")
-        for name in ("gateway1", "gateway2"):
-            flags = ["--hub", self.hub_address, "--port", str(free_port()), "--join-file", str(data / "invitation")]
-            self.parts[name] = Running(self.folder / name, "gateway", *flags)
+
+    def start_engine(self) -> str:
+        """The address of the server that all nodes lend."""
         engine = self._spawn(sys.executable, "-m", "bench.stub_engine")
         assert engine.stdout is not None
-        url = engine.stdout.readline().decode().split()[1] + "/v1"
-        for name in ("node1", "node2"):
-            self.lend(name, "--engine", url, "--slots", "4")
-        self.services = [self._service(name) for name in ("gateway1", "gateway2")]
-        self.wait_ready()
+        return engine.stdout.readline().decode().split()[1] + "/v1"
 
     def _spawn(self, *command: str) -> "subprocess.Popen[bytes]":
         self._others.append(subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL))

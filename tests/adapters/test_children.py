@@ -17,7 +17,7 @@ from fallow.adapters import children, tether
 
 pytestmark = pytest.mark.anyio
 
-WITHIN_S = 5.0
+WITHIN_S = 20.0
 TETHER = str(Path(tether.__file__))
 PARENT = """
 import asyncio, signal, sys

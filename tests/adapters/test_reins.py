@@ -18,7 +18,7 @@ from fallow.adapters.reins import Reins
 
 pytestmark = pytest.mark.anyio
 
-WITHIN_S = 5.0
+WITHIN_S = 20.0
 FAMILY = """
 import subprocess, sys, threading, time
 if len(sys.argv) > 1:

@@ -3,19 +3,23 @@
 import asyncio
 import contextlib
 import time
+from collections import defaultdict
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, MutableMapping, Sequence
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import msgspec
 from one_key import OneKeyDesk
 
+from fallow.adapters.clock import SystemClock
 from fallow.adapters.memory_bus import MemoryBroker, MemoryBus
 from fallow.adapters.nkey import make_key
 from fallow.apps.card_check import Verify, anyones
+from fallow.apps.gateway import sessions
 from fallow.apps.gateway.main import Gateway
 from fallow.apps.node.attached import PATHS
 from fallow.apps.node.node import Node
+from fallow.apps.node.seals import Seals
 from fallow.apps.node.served import EVENTS, JSON, NO_PAST, Past, Piece, load_of
 from fallow.core.cards import CARD_LIFE_MS
 from fallow.core.slots import Asker
@@ -26,8 +30,11 @@ from fallow.model.ids import AttemptId, CallId, GatewayId, KeyId, NodeId, OrgId
 from fallow.model.needs import COUNTRY_UNKNOWN
 from fallow.model.offer import Load, Offer, Price, Speed
 from fallow.model.receipt import Usage
+from fallow.ports import Delivery
 from fallow.wire import codec, subjects
+from fallow.wire.commitment import Commitment
 from fallow.wire.openai import CHAT, COMPLETIONS
+from fallow.wire.seal import Channel, KemPair
 
 MODEL = "tiny"
 KEY = "fk-test"
@@ -35,16 +42,22 @@ ORG = OrgId("home")
 GATEWAY = GatewayId("gw-1")
 SIGN = make_key("user").sign
 """Of nobody's key: nodes have made-up names here."""
+KEM = m.KemKey(suite="x25519", public_key=KemPair("x25519").public, expires_at_s=2**40)
+"""Of a node that isn't there."""
+OTHER = GatewayId("gw-other")
+KEMS: dict[str, m.KemKey] = {}
+"""Of those that a test plays."""
 BEGINNING_MS = 1_000_000
 WALL_BEGINNING_MS = 1_700_000_000_000 + BEGINNING_MS
 POLL_S = 0.002
-WITHIN_S = 5.0
+WITHIN_S = 10.0
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Any]
 Play = Callable[[bytes], AsyncIterator[bytes]]
+T = TypeVar("T", bound=m.Message)
 
 
 async def until(said: Callable[[], Any], *, what: str = "it", within_s: float = WITHIN_S) -> None:
@@ -118,6 +131,7 @@ def beat_of(node_id: str, sequence: int = 1, *, offers: tuple[Offer, ...] | None
         card_sequence=1,
         loads=(load_of(MODEL, 2, 2, 0),),
         card=card_of(node_id),
+        kem=KEMS.get(node_id, KEM),
         offers=offers if offers is not None else (offer_of(node_id),),
     )
 
@@ -145,6 +159,7 @@ class FakeAnswer:
         self._script = script
         self._stream = stream
         self.usage = usage
+        self.tokens: tuple[int, ...] = ()
 
     def head(self) -> m.Head:
         return m.Head(status=200, content_type=EVENTS if self._stream else JSON, engine_us=0)
@@ -175,6 +190,7 @@ class FakeServed:
         self.waiting_max = waiting_max
         self.gate = asyncio.Semaphore(slots)
         self.paths = PATHS
+        self.digest = ""
         self.calls = 0
         self.usage = Usage(prompt_tokens=7, output_tokens=3)
         self.bodies: list[bytes] = []
@@ -309,6 +325,36 @@ class Asgi:
         return self
 
 
+def anybody(hello: m.Hello, node_id: NodeId) -> None:
+    """For nodes among gateways whose names are no keys."""
+
+
+def kem_believed(node_id: NodeId, kem: m.KemKey) -> bool:
+    """For gateways among nodes whose names are no keys."""
+    return True
+
+
+class PlayedCall:
+    """What a played node has of an attempt."""
+
+    def __init__(self, request: m.Request, channel: Channel) -> None:
+        self._request = request
+        self.channel = channel
+        self.body = bytearray(request.body)
+        self._data: list[bytes] = []
+
+    def sealed(self, message: m.Part | m.Final, *, counts: bool = True) -> m.Sealed:
+        """With the node's word for the whole answer in its last message; what doesn't count is no part of it."""
+        if counts and message.index == len(self._data):
+            self._data.append(message.data)
+        if isinstance(message, m.Final) and message.failure is None and not message.digest:
+            commitment = Commitment(self._request.attempt_id, self.body, self._request.model_digest)
+            commitment.add(b"".join(self._data))
+            message = msgspec.structs.replace(message, digest=commitment.digest(message.usage, message.tokens))
+        index, box = self.channel.seal(codec.encode(message))
+        return m.Sealed(index=index, box=box)
+
+
 class PlayedNode:
     """A node that a test plays by hand: it takes requests and says what it's told."""
 
@@ -319,28 +365,113 @@ class PlayedNode:
         self.bodies: list[m.BodyPart] = []
         self.heard: list[m.Message] = []
         self.sequence = 0
+        self.seals = Seals(NodeId(node_id), SIGN, anybody, SystemClock())
+        self._calls: dict[str, PlayedCall] = {}
+        KEMS[node_id] = self.seals.kem
+        self._answering: set[asyncio.Future[None]] = set()
 
     async def start(self) -> None:
         node_id = NodeId(self.node_id)
-        await self._bus.subscribe(subjects.request(node_id), lambda d: self.requests.put_nowait(codec.request.read(d.data)))
-        await self._bus.subscribe(subjects.bodies(node_id), lambda d: self.bodies.append(codec.body_part.read(d.data)))
-        await self._bus.subscribe(subjects.control(node_id), lambda d: self.heard.append(codec.to_node.read(d.data)))
+        await self._bus.subscribe(subjects.request(node_id), self._on_request)
+        await self._bus.subscribe(subjects.bodies(node_id), self._on_body)
+        await self._bus.subscribe(subjects.control(node_id), self._on_control)
         await self.beat()
 
-    async def beat(self, state: m.NodeState = "run") -> None:
+    def _on_request(self, delivery: Delivery) -> None:
+        request, channel = self.seals.open(codec.sealed_request.read(delivery.data))
+        self._calls[request.attempt_id] = PlayedCall(request, channel)
+        self.requests.put_nowait(request)
+
+    def _on_body(self, delivery: Delivery) -> None:
+        sealed = codec.sealed_body.read(delivery.data)
+        call = self._calls[subjects.last_token(delivery.subject)]
+        part = codec.body_part.read(call.channel.open(sealed.index, sealed.box))
+        call.body += part.data
+        self.bodies.append(part)
+
+    def _on_control(self, delivery: Delivery) -> None:
+        message = codec.to_node.read(delivery.data)
+        if isinstance(message, m.Hello):
+            answer = self.seals.welcome(message)
+            assert answer is not None, "so many hellos can't be"
+            answering = asyncio.ensure_future(self._bus.publish(delivery.reply, codec.encode(answer)))
+            self._answering.add(answering)
+            answering.add_done_callback(self._answering.discard)
+        else:
+            self.heard.append(message)
+
+    async def beat(self, state: m.NodeState = "run", *, offers: tuple[Offer, ...] | None = None) -> None:
         self.sequence += 1
-        await self._bus.publish(f"hb.{self.node_id}", codec.encode(beat_of(self.node_id, self.sequence, state=state)))
+        beat = msgspec.structs.replace(beat_of(self.node_id, self.sequence, offers=offers, state=state), kem=self.seals.kem)
+        await self._bus.publish(f"hb.{self.node_id}", codec.encode(beat))
 
     async def request(self) -> m.Request:
         async with asyncio.timeout(WITHIN_S):
             return await self.requests.get()
 
     async def say(self, request: m.Request, message: m.Message, *, node_id: str = "") -> None:
+        """What is part of an answer is sealed, and committed to at its end; `node_id` is another's who has got hold of it."""
+        if isinstance(message, m.Part | m.Final):
+            message = self._calls[request.attempt_id].sealed(message, counts=not node_id)
         subject = subjects.answer(request.gateway_id, NodeId(node_id or self.node_id), request.attempt_id)
         await self._bus.publish(subject, codec.encode(message))
 
     def heard_of(self, kind: type[m.Message]) -> list[m.Message]:
         return [message for message in self.heard if isinstance(message, kind)]
+
+
+class PlayedGateway:
+    """A gateway that a test plays by hand: it opens sessions with nodes, seals what it's told to send, and opens what comes back.
+
+    Its name is the one that `request_of` gives. `heard` has what came of each attempt.
+    """
+
+    def __init__(self, bus: MemoryBus, kem_of: sessions.KemOf, gateway_id: GatewayId = OTHER) -> None:
+        self._bus = bus
+        asker = sessions.Asker(m.Hello(gateway_id=gateway_id, org_id=ORG), SIGN)
+        self.sessions = sessions.Sessions(asker, bus, SystemClock(), kem_of, kem_believed)
+        self.heard: defaultdict[str, list[m.Message]] = defaultdict(list)
+        self._channels: dict[str, Channel] = {}
+
+    async def start(self) -> None:
+        await self._bus.subscribe(subjects.answers(self.sessions.asker.hello.gateway_id), self._on_answer)
+
+    def _on_answer(self, delivery: Delivery) -> None:
+        if self.sessions.on_answer(delivery) or delivery.unheard:
+            return
+        attempt_id = subjects.last_token(delivery.subject)
+        message: m.Message = codec.to_gateway.read(delivery.data)
+        if isinstance(message, m.Sealed):
+            self.heard[attempt_id].append(codec.inner.read(self._channels[attempt_id].open(message.index, message.box)))
+        else:
+            self.heard[attempt_id].append(message)
+
+    async def sealed(self, node_id: str, request: m.Request) -> m.SealedRequest:
+        """What would be sent; each is a call of its own."""
+        session = await self.sessions.ready(NodeId(node_id))
+        number, channel = session.call()
+        channel.pads = request.privacy != "plain"
+        self._channels.setdefault(request.attempt_id, channel)  # of an attempt that is sent twice, the first is answered
+        return m.SealedRequest(session=session.id, number=number, box=channel.seal(codec.encode(request))[1])
+
+    async def ask(self, node_id: str, request: m.Request) -> None:
+        await self.send(node_id, request, await self.sealed(node_id, request))
+
+    async def send(self, node_id: str, request: m.Request, sealed: m.SealedRequest) -> None:
+        """What was sealed before."""
+        reply = subjects.answer(request.gateway_id, NodeId(node_id), request.attempt_id)
+        await self._bus.publish(subjects.request(NodeId(node_id)), codec.encode(sealed), reply)
+
+    async def send_body(self, node_id: str, attempt_id: str, part: m.BodyPart) -> None:
+        index, box = self._channels[attempt_id].seal(codec.encode(part))
+        await self._bus.publish(subjects.body(NodeId(node_id), AttemptId(attempt_id)), codec.encode(m.Sealed(index=index, box=box)))
+
+    async def tell(self, node_id: str, message: m.ToNode, reply: str = "") -> None:
+        """Something that isn't sealed."""
+        await self._bus.publish(subjects.control(NodeId(node_id)), codec.encode(message), reply)
+
+    def heard_of(self, kind: type[T], attempt_id: str) -> list[T]:
+        return [message for message in self.heard[attempt_id] if isinstance(message, kind)]
 
 
 class Overheard(MemoryBroker):
@@ -368,7 +499,10 @@ class Network:
         self.bus = MemoryBus(self.broker)
         self.hub_bus = MemoryBus(self.broker)
         self.hand = MemoryBus(self.broker)
-        self.gateway = Gateway(GATEWAY, self.bus, self.clock, country, org_of=anyones, verify=verify)
+        asker = sessions.Asker(m.Hello(gateway_id=GATEWAY, org_id=ORG), SIGN)
+        self.gateway = Gateway(asker, self.bus, self.clock, country, org_of=anyones, verify=verify, verify_kem=kem_believed)
+        self.other = PlayedGateway(MemoryBus(self.broker), lambda node_id: self.gateway.roster.kem(node_id))
+        """Another gateway, which knows the same nodes."""
         self.node_clocks: dict[str, FakeClock] = {}
         self.faults: list[dict[str, Any]] = []
         self._stops: list[tuple[asyncio.Event, asyncio.Task[None]]] = []
@@ -378,6 +512,7 @@ class Network:
         asyncio.get_running_loop().set_exception_handler(lambda _, context: self.faults.append(context))
         await self._desk_group.__aenter__()
         await OneKeyDesk(self.hub_bus, KEY, ORG).start(self._desk_group)
+        await self.other.start()
         self._start(self.gateway.run)
         await turns()
         return self
@@ -409,7 +544,7 @@ class Network:
     async def add(self, node_id: str, served: FakeServed) -> tuple[asyncio.Event, "asyncio.Task[None]"]:
         """A node that the gateway knows; returns what stops it and the task that it is."""
         clock = self.node_clocks[node_id] = FakeClock()
-        node = Node(card_of(node_id), [served], MemoryBus(self.broker), clock, SIGN)
+        node = Node(card_of(node_id), [served], MemoryBus(self.broker), clock, SIGN, anybody)
         running = self._start(node.run)
         await self.knows(node_id)
         return running

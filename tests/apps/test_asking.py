@@ -97,7 +97,7 @@ async def test_an_index_that_changes_nothing_does_not_hold_up_the_next() -> None
     assert network.asks == [FLOOR, price(300)]
 
 
-@pytest.mark.parametrize("nonsense", [b"", b"\x01nonsense", b"\x02\x90"])
+@pytest.mark.parametrize("nonsense", [b"", b"\x02nonsense", b"\x03\x90"])
 async def test_what_can_not_be_read_changes_nothing(nonsense: bytes) -> None:
     network = await started()
     await network.tell(300)

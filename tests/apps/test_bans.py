@@ -24,6 +24,6 @@ async def test_who_is_banned_is_forgotten_and_the_others_stay() -> None:
         await network.hand.publish(subjects.BANNED.pattern, codec.encode(banned))
         await turns()
         assert set(network.gateway.roster.members()) == {"node-b"}
-        await network.hand.publish(subjects.BANNED.pattern, b"\x01nonsense")
+        await network.hand.publish(subjects.BANNED.pattern, b"\x02nonsense")
         await turns()
         assert set(network.gateway.roster.members()) == {"node-b"}

@@ -32,6 +32,7 @@ pytestmark = pytest.mark.anyio
 OFF_MS = 600_000
 OFFS = (-OFF_MS, 0, OFF_MS)
 HOME = OrgId("home")
+KEM = m.KemKey(suite="x25519", public_key=bytes(32), expires_at_s=2**40)
 HARDWARE = Hardware(kind="cpu", isa="x86_64-avx2", cores=4, memory_bytes=2**33)
 
 
@@ -99,7 +100,7 @@ class Door:
 
     def believes(self, card: Card, known: Member | None = None, sequence: int = 1) -> bool:
         beat = m.Heartbeat(
-            node_id=card.node_id, sequence=sequence, state="run", card_sequence=card.sequence, loads=(), card=card, offers=()
+            node_id=card.node_id, sequence=sequence, state="run", card_sequence=card.sequence, loads=(), card=card, offers=(), kem=KEM
         )
         return self._check.screened(known, beat).card == card
 

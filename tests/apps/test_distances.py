@@ -26,6 +26,7 @@ from fallow.apps.distances import (
     QUICK_ECHOES_MIN,
     Distances,
 )
+from fallow.apps.gateway import sessions
 from fallow.apps.gateway.distances import distances_of
 from fallow.apps.gateway.exchange import Exchange
 from fallow.apps.gateway.roster import Roster
@@ -45,9 +46,39 @@ from fallow.model.owner import Refusals
 from fallow.wire import codec, subjects
 
 if TYPE_CHECKING:
-    from tests.apps.one_loop import GATEWAY, SIGN, FakeClock, FakeServed, Network, Overheard, beat_of, believed, card_of, turns, until
+    from tests.apps.one_loop import (
+        GATEWAY,
+        ORG,
+        SIGN,
+        FakeClock,
+        FakeServed,
+        Network,
+        Overheard,
+        anybody,
+        beat_of,
+        believed,
+        card_of,
+        kem_believed,
+        turns,
+        until,
+    )
 else:
-    from one_loop import GATEWAY, SIGN, FakeClock, FakeServed, Network, Overheard, beat_of, believed, card_of, turns, until
+    from one_loop import (
+        GATEWAY,
+        ORG,
+        SIGN,
+        FakeClock,
+        FakeServed,
+        Network,
+        Overheard,
+        anybody,
+        beat_of,
+        believed,
+        card_of,
+        kem_believed,
+        turns,
+        until,
+    )
 
 pytestmark = pytest.mark.anyio
 NODE = NodeId("node-a")
@@ -75,7 +106,8 @@ class Site:
         self.roster: Roster | HubRoster
         self.distances: Distances
         if asker == "gateway":
-            self.exchange = Exchange(GATEWAY, bus, self.clock)
+            me = sessions.Asker(m.Hello(gateway_id=GATEWAY, org_id=ORG), SIGN)
+            self.exchange = Exchange(bus, self.clock, sessions.Sessions(me, bus, self.clock, lambda _: None, kem_believed))
             self.roster = Roster(GATEWAY, bus, self.clock, verify=believed, refused=self.refused.append)
             self.distances = distances_of(self.exchange, self.roster, bus, self.clock, country)
         else:
@@ -374,7 +406,7 @@ async def test_what_a_node_may_answer_is_an_echo(asker: Asker, message: m.Messag
     assert not site.is_believed
 
 
-@pytest.mark.parametrize("data", [b"", b"\x01nonsense", b"\x02", codec.encode(m.Renew()), bytes(2_000)], ids=len)
+@pytest.mark.parametrize("data", [b"", b"\x02nonsense", b"\x03", codec.encode(m.Renew()), bytes(2_000)], ids=len)
 async def test_the_hub_takes_no_nonsense_for_an_echo(data: bytes, caplog: pytest.LogCaptureFixture) -> None:
     site = Site("hub")
     await site.start()
@@ -424,7 +456,7 @@ async def test_who_is_put_out_follows_from_physics_alone(asker: Asker, region: s
 async def test_a_real_node_gives_an_echo_and_the_refusal_is_shown() -> None:
     async with Network(country="de") as network:
         card = replace(card_of(NODE), region=AWAY)
-        network._start(Node(card, [FakeServed()], MemoryBus(network.broker), network.clock, SIGN).run)
+        network._start(Node(card, [FakeServed()], MemoryBus(network.broker), network.clock, SIGN, anybody).run)
         await network.knows(NODE)
         assert b'fallow_cards_refused_total{reason="region"} 0.0' in (await network.get("/metrics")).body
         for _ in range(2):
@@ -443,7 +475,7 @@ async def test_a_real_node_gives_the_hub_an_echo_and_is_planned_with_no_more(tmp
     await site.start()
     prices, placing = PriceDesk(site.bus, site.roster, PriceRecord(tmp_path), site.clock), Placing(site.bus, site.roster, site.clock)
     stop = asyncio.Event()
-    node = Node(replace(card_of(NODE), region=AWAY), [FakeServed()], MemoryBus(site.broker), site.clock, SIGN)
+    node = Node(replace(card_of(NODE), region=AWAY), [FakeServed()], MemoryBus(site.broker), site.clock, SIGN, anybody)
     running = asyncio.ensure_future(node.run(stop))
     try:
         await until(lambda: site.roster.card(NODE) is not None, what="the node")

@@ -22,9 +22,23 @@ from fallow.model.owner import Verdict
 from fallow.wire import codec
 
 if TYPE_CHECKING:  # the same file under the two names by which mypy and pytest know it
-    from tests.apps.one_loop import SIGN, Endless, FakeClock, FakeServed, Network, Receive, Scope, Send, card_of, request_of, turns, until
+    from tests.apps.one_loop import (
+        SIGN,
+        Endless,
+        FakeClock,
+        FakeServed,
+        Network,
+        Receive,
+        Scope,
+        Send,
+        anybody,
+        card_of,
+        request_of,
+        turns,
+        until,
+    )
 else:
-    from one_loop import SIGN, Endless, FakeClock, FakeServed, Network, Receive, Scope, Send, card_of, request_of, turns, until
+    from one_loop import SIGN, Endless, FakeClock, FakeServed, Network, Receive, Scope, Send, anybody, card_of, request_of, turns, until
 
 LONG_S = 60.0
 SHORT_S = 0.02
@@ -37,7 +51,7 @@ class Drained:
     def __init__(self, network: Network, node_id: str, served: FakeServed) -> None:
         self.network = network
         self.node_id = node_id
-        self.node = Node(card_of(node_id), [served], MemoryBus(network.broker), FakeClock(), SIGN)
+        self.node = Node(card_of(node_id), [served], MemoryBus(network.broker), FakeClock(), SIGN, anybody)
         self.now = asyncio.Event()
         self.closing = asyncio.Event()
         self.running = asyncio.ensure_future(self.node.run(self.closing))
@@ -81,13 +95,13 @@ async def test_a_node_that_drains_ends_what_it_began_and_takes_nothing_new(strea
             call = network.ask(stream=stream)
             await until(lambda: script.wrote > 2)
             await network.add("node-b", FakeServed())
+            late = await network.other.sealed("node-a", request_of("late"))
             one.begin()
             await until(lambda: set(network.gateway.roster.members()) == {"node-b"}, what="the node is off the roster")
             assert (await network.ask().done()).headers["fallow-node"] == "node-b"
-            await network.hand.publish("n.node-a.req", codec.encode(request_of("late")), "rsp.gw-other.node-a.late")
+            await network.other.send("node-a", request_of("late"), late)
             await turns()
-            (final,) = network.broker.sent_to("rsp.gw-other.node-a.late")
-            refusal = codec.to_gateway.read(final)
+            (refusal,) = network.other.heard["late"]
             assert getattr(refusal, "failure").code == "leaving"  # noqa: B009  (a Final; the test fails for anything else)
             assert not one.draining.done()
             assert served.inside == 1

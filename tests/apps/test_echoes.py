@@ -22,9 +22,9 @@ from fallow.wire import codec
 from fallow.wire.sign import signed_card
 
 if TYPE_CHECKING:
-    from tests.apps.one_loop import FakeClock, FakeServed, beat_of, card_of
+    from tests.apps.one_loop import FakeClock, FakeServed, anybody, beat_of, card_of
 else:
-    from one_loop import FakeClock, FakeServed, beat_of, card_of
+    from one_loop import FakeClock, FakeServed, anybody, beat_of, card_of
 
 pytestmark = pytest.mark.anyio
 AWAY = "na-us"
@@ -134,7 +134,7 @@ async def test_a_real_node_is_asked_answers_and_is_put_out(site: Site, hub: Hub)
     bus = NatsBus(site.broker.address, login, "node")
     await bus.connect()
     node_id = NodeId(login.key.public)
-    node = Node(replace(card_of(node_id), region=AWAY), [FakeServed()], bus, hub.clock, login.key.sign)
+    node = Node(replace(card_of(node_id), region=AWAY), [FakeServed()], bus, hub.clock, login.key.sign, anybody)
     stop = asyncio.Event()
     running = asyncio.ensure_future(node.run(stop))
     try:

@@ -69,6 +69,7 @@ class Hub:
             open_to=open_to,
             vouch=vouched,
             authority="the hub's key",
+            hub_org_id=OrgId("hub"),
             limits=limits or JoinLimits(),
             life_s=3_600,
             count=lambda what, reason: self.counted.append((what, reason)),
@@ -135,7 +136,7 @@ async def test_a_guest_with_an_invitation_gets_a_credential(tmp_path: Path, role
         assert (answer.credential, answer.org_id) == (f"credential of {pair.public}", HOME)
         assert answer.expires_at_s == hub.clock.wall_ms() // 1000 + 3_600
         assert answer.membership == vouched(pair.public, HOME, answer.expires_at_s)
-        assert answer.authority == "the hub's key"
+        assert (answer.authority, answer.hub_org_id) == ("the hub's key", "hub")
         assert hub.issued == [(role, pair.public, 3_600)]
         member = hub.registry.members.named(pair.public)
         assert member is not None
@@ -206,7 +207,7 @@ async def test_an_organisations_key_is_no_nodes(tmp_path: Path) -> None:
         refused(await hub.enrol(make_key("account"), hub.invite()), hub, "bad_proof")
 
 
-@pytest.mark.parametrize("data", [b"", b"\x01", b"\x02\x90", b"\x01" + b"\xff" * 20, b"\x01" + b"a" * 9_000])
+@pytest.mark.parametrize("data", [b"", b"\x02", b"\x03\x90", b"\x02" + b"\xff" * 20, b"\x02" + b"a" * 9_000])
 async def test_nonsense_is_refused_and_counted(tmp_path: Path, data: bytes) -> None:
     async with running(tmp_path) as hub:
         refused(await hub.ask(data), hub, "malformed")

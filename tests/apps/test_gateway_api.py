@@ -17,9 +17,9 @@ from fallow.wire import codec
 from fallow.wire import openai as wire
 
 if TYPE_CHECKING:  # the same file under the two names by which mypy and pytest know it
-    from tests.apps.one_loop import KEY, MODEL, Asgi, FakeServed, Network, PlayedNode, beat_of, offer_of, request_of, turns
+    from tests.apps.one_loop import KEY, MODEL, Asgi, FakeServed, Network, PlayedNode, offer_of, request_of, turns
 else:
-    from one_loop import KEY, MODEL, Asgi, FakeServed, Network, PlayedNode, beat_of, offer_of, request_of, turns
+    from one_loop import KEY, MODEL, Asgi, FakeServed, Network, PlayedNode, offer_of, request_of, turns
 
 pytestmark = pytest.mark.anyio
 
@@ -36,8 +36,7 @@ async def play(network: Network, node_id: str = "node-h") -> PlayedNode:
     node = PlayedNode(MemoryBus(network.broker), node_id)
     await node.start()
     offer = replace(offer_of(node_id), paths=frozenset(ALL))
-    node.sequence += 1
-    await network.hand.publish(f"hb.{node_id}", codec.encode(beat_of(node_id, node.sequence, offers=(offer,))))
+    await node.beat(offers=(offer,))
     await network.knows(node_id)
     await turns()
     return node
@@ -344,8 +343,6 @@ class OlderRequest(msgspec.Struct, frozen=True, kw_only=True, array_like=True, t
     stream: bool
     body_bytes: int
     body: bytes
-    seal: bytes = b""
-    signature: bytes = b""
 
 
 def test_older_and_newer_sides_read_each_other() -> None:

@@ -16,7 +16,7 @@ from fallow.apps.hub.registrar import digest_of
 from fallow.model import messages as m
 from fallow.model.call import Grant
 from fallow.model.errors import BrokerLost, InvalidApiKey
-from fallow.model.ids import KeyId, OrgId
+from fallow.model.ids import GatewayId, KeyId, OrgId
 from fallow.ports import Delivery
 from fallow.wire import codec, subjects
 
@@ -41,7 +41,7 @@ class PlayedHub:
         self.broker = MemoryBroker()
         self.bus = MemoryBus(self.broker)
         self.clock = FakeClock()
-        self.keys = Keys(MemoryBus(self.broker), self.clock)
+        self.keys = Keys(GatewayId("gw-1"), MemoryBus(self.broker), self.clock)
         self.grants: dict[bytes, Grant] = {digest_of(KEY): GRANT}
         self.asked: list[bytes] = []
         self.silent = False
@@ -127,7 +127,7 @@ async def test_doubt_makes_it_ask_again_and_known_keys_go_on_without_an_answer(m
                 hub.broker.stop()
                 hub.broker.up = True
             case "nonsense":
-                await hub.bus.publish(subjects.CHANGED.pattern, b"\x01nonsense")
+                await hub.bus.publish(subjects.CHANGED.pattern, b"\x02nonsense")
                 await turns(3)
         assert hub.keys.recall(HEADER) is None
         hub.silent = True

@@ -164,6 +164,8 @@ async def test_what_the_key_says_holds_without_any_wish() -> None:
         (Key(rings=("own", "own")), Policy(rings=frozenset({"own"}))),
         (Key(max_cost=0.29, max_price=3), Policy(cost_max_micro=290_000, price_max_micro_per_munit=3_000_000)),
         (Key(max_cost=1e-12), Policy(cost_max_micro=1)),
+        (Key(privacy="padded"), Policy(privacy="padded")),
+        (Key(privacy="whole"), Policy(privacy="whole")),
         (Key(hardware="gpu", isolation="bwrap", prefer="fast"), Policy(hardware="gpu", isolation="bwrap", prefer="fast")),
         (
             Key(partners=("friend",), regions=("eu-de",), countries=("de", "at")),

@@ -126,7 +126,7 @@ async def test_a_key_is_needed_and_nothing_can_be_posted() -> None:
 async def test_an_index_that_can_not_be_read_changes_nothing() -> None:
     async with Network() as network:
         await tell(network, one())
-        await network.hand.publish(subjects.INDEX.pattern, b"\x01nonsense")
+        await network.hand.publish(subjects.INDEX.pattern, b"\x02nonsense")
         await turns()
         assert (await network.get("/v1/prices")).json["data"] == [view()]
 

@@ -235,7 +235,7 @@ async def test_a_call_may_have_the_room_of_what_is_planned_but_takes_others_firs
 
 async def test_what_is_not_a_plan_is_dropped(site: Site) -> None:
     await site.hold("b")
-    await site.say(b"\x01nonsense")
+    await site.say(b"\x02nonsense")
     await site.say(b"")
     assert site.here == "b"
     assert site.tenants["b"].loads == 1

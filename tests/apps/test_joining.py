@@ -45,6 +45,7 @@ class Hub:
             open_to=None,
             vouch=site.operator.vouch,
             authority=site.operator.authority,
+            hub_org_id=OrgId("hub"),
             life_s=life_s,
         )
 
@@ -79,6 +80,7 @@ async def test_what_the_hub_gave_is_kept_and_used_again(tmp_path: Path) -> None:
         assert first.authority == hub.site.operator.authority
         again = await join(tmp_path, "node", None, "", "", CLOCK)
         assert again.credentials.jwt == first.credentials.jwt
+        assert first.hub_org_id == again.hub_org_id == "hub"
         assert again.credentials.key.public == first.credentials.key.public
         assert hub.desk.admitted == {"node": 1}, "what is kept needs no asking"
         bus = NatsBus(again.address, again.credentials, "node", reach=again.reach)

@@ -20,7 +20,7 @@ from fallow.apps.hub.key_limits import Limits
 from fallow.model import messages as m
 from fallow.model.call import Grant
 from fallow.model.errors import BrokerLost, InvalidApiKey, StoreFailed
-from fallow.model.identity import Agreement, ApiKey
+from fallow.model.identity import Agreement, ApiKey, Member
 from fallow.model.ids import GatewayId, KeyId, OrgId
 from fallow.model.needs import Policy
 from fallow.ports import Changes
@@ -35,6 +35,7 @@ else:
 pytestmark = pytest.mark.anyio
 
 HOME, ACME, OTHER = OrgId("home"), OrgId("acme"), OrgId("other")
+GATEWAY, GATEWAY_OF_ACME = GatewayId("gw-1"), GatewayId("gw-2")
 
 
 class Flaky:
@@ -72,12 +73,14 @@ class Hub:
         self.clock = FakeClock()
         self.broker = MemoryBroker()
         self.bus = MemoryBus(self.broker)
-        self.desk = KeyDesk(self.bus, self.flaky, self.clock)  # type: ignore[arg-type]
-        self.keys = Keys(MemoryBus(self.broker), self.clock)
+        self.desk = KeyDesk(self.bus, self.flaky, self.clock, HOME)  # type: ignore[arg-type]
+        self.keys = Keys(GATEWAY, MemoryBus(self.broker), self.clock)
         self.heard: list[m.KeysChanged] = []
         self.pairs = {name: make_key("account") for name in (HOME, ACME, OTHER)}
         for name, pair in self.pairs.items():
             registrar.add_organisation(self.registry, name, public_key=pair.public, now_ms=1)
+        for gateway, org_id in ((GATEWAY, HOME), (GATEWAY_OF_ACME, ACME)):
+            self.registry.members.admit_open(Member(public_key=gateway, role="gateway", org_id=org_id, joined_at_ms=1))
 
     @property
     def now_ms(self) -> int:
@@ -105,7 +108,7 @@ class Hub:
 
     async def grant(self, digest: bytes) -> Grant | None:
         """What the desk says, past every cache."""
-        answer = await self.bus.request(subjects.KEY.pattern, codec.encode(m.KeyQuery(key_digest=digest)), within_s=5)
+        answer = await self.bus.request(subjects.key(GATEWAY), codec.encode(m.KeyQuery(key_digest=digest)), within_s=5)
         return codec.key_answer.read(answer).grant
 
     async def becomes(self, header: bytes, **fields: object) -> Grant:
@@ -152,6 +155,30 @@ def partners(grant: Grant | None) -> frozenset[OrgId]:
 
 
 # what it answers
+@pytest.mark.parametrize(
+    ("gateway", "org", "speaks"),
+    [
+        (GATEWAY, HOME, True),
+        (GATEWAY, ACME, True),
+        (GATEWAY_OF_ACME, ACME, True),
+        (GATEWAY_OF_ACME, HOME, False),
+        (GATEWAY_OF_ACME, OTHER, False),
+        (GatewayId("gw-unknown"), HOME, False),
+    ],
+)
+async def test_a_gateway_hears_of_its_own_organisations_keys_and_the_hubs_of_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gateway: GatewayId, org: OrgId, speaks: bool
+) -> None:
+    async with running(tmp_path, monkeypatch) as hub:
+        header, key_id = hub.make(org=org)
+        keys = Keys(gateway, MemoryBus(hub.broker), hub.clock)
+        if speaks:
+            assert (await keys.check(header)).key_id == key_id
+        else:
+            with pytest.raises(InvalidApiKey, match="another organisation than this gateway"):
+                await keys.check(header)
+
+
 async def test_a_key_is_told_with_all_that_limits_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async with running(tmp_path, monkeypatch) as hub:
         limits = Limits(policy=Policy(rings=frozenset({"own"})), models=frozenset({"tiny"}), budget_micro=5, expires_at_ms=hub.now_ms + 10)
@@ -325,7 +352,7 @@ async def test_a_database_that_is_gone_for_a_while_ends_nothing(
         await until(lambda: "can be looked up again" in caplog.text)
 
 
-@pytest.mark.parametrize("data", [b"", b"\x01nonsense", b"\x02\x90"])
+@pytest.mark.parametrize("data", [b"", b"\x02nonsense", b"\x03\x90"])
 async def test_nonsense_is_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: bytes) -> None:
     async with running(tmp_path, monkeypatch) as hub:
         await hub.bus.publish(subjects.KEY.pattern, data, "_I.nobody")

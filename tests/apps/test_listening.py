@@ -95,7 +95,7 @@ async def test_a_stranger_is_asked_once_for_card_and_offers(here: Here) -> None:
 async def test_what_can_not_be_read_or_names_another_node_is_dropped(here: Here) -> None:
     await here.hear(beat_of("node-b"), "hb.node-a")
     await here.hear(msgspec.structs.replace(beat_of("node-c"), card=beat_of("node-d").card))
-    await here.hand.publish("hb.node-a", b"\x01nonsense")
+    await here.hand.publish("hb.node-a", b"\x02nonsense")
     await here.hand.publish("hb.node-a", b"")
     await turns()
     assert here.known() == set()

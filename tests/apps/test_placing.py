@@ -154,7 +154,7 @@ async def test_what_nobody_offers_is_not_planned_and_a_family_is_what_most_offer
 
 async def test_what_is_not_a_report_is_dropped_and_so_are_too_many(hub: Hub) -> None:
     await hub.beat("n1", "ab")
-    await hub.hand.publish(subjects.DEMAND.pattern, b"\x01nonsense")
+    await hub.hand.publish(subjects.DEMAND.pattern, b"\x02nonsense")
     for _ in range(REPORTS_MAX):
         await hub.demand("a")
     await hub.demand("b", calls=1000)

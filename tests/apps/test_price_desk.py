@@ -144,7 +144,7 @@ async def test_the_past_has_a_row_for_each_interval(tmp_path: Path, group: async
 
 async def test_a_question_that_can_not_be_read_is_not_answered(tmp_path: Path, group: asyncio.TaskGroup) -> None:
     hub = await start(tmp_path, group)
-    await hub.hand.publish(subjects.HISTORY.pattern, b"\x01nonsense", reply="rsp.x.y.z")
+    await hub.hand.publish(subjects.HISTORY.pattern, b"\x02nonsense", reply="rsp.x.y.z")
     await turns()
     assert hub.broker.sent_to("rsp.") == []
 

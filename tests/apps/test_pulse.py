@@ -9,20 +9,24 @@ from msgspec.structs import replace
 
 from fallow.adapters.memory_bus import MemoryBus
 from fallow.adapters.nkey import make_key
-from fallow.apps.node.pulse import ECHOES_WAITING_MAX, Pulse
+from fallow.apps.node import pulse as node_pulse
+from fallow.apps.node.pulse import ECHOES_WAITING_MAX, PRICE_MS, Pulse
+from fallow.apps.node.seals import KEM_MS, Seals
 from fallow.core.cards import CARD_LIFE_MS, why_card_refused
 from fallow.model import messages as m
 from fallow.model.card import Card
 from fallow.model.ids import AttemptId, GatewayId
+from fallow.model.messages import KemKey
+from fallow.model.offer import Price
 from fallow.model.owner import Refusals
 from fallow.ports import Delivery
 from fallow.wire import codec, subjects
-from fallow.wire.sign import card_verifies
+from fallow.wire.sign import card_verifies, kem_verifies
 
 if TYPE_CHECKING:
-    from tests.apps.one_loop import FakeClock, FakeServed, Overheard, card_of, turns, until
+    from tests.apps.one_loop import MODEL, FakeClock, FakeServed, Overheard, anybody, card_of, offer_of, turns, until
 else:
-    from one_loop import FakeClock, FakeServed, Overheard, card_of, turns, until
+    from one_loop import MODEL, FakeClock, FakeServed, Overheard, anybody, card_of, offer_of, turns, until
 
 pytestmark = pytest.mark.anyio
 KEY = make_key("user")
@@ -35,10 +39,17 @@ class Heart:
         self.broker = Overheard()
         self.clock = FakeClock()
         self.card = card_of(KEY.public)
-        self.pulse = Pulse(self.card, [FakeServed()], lambda served: 0, MemoryBus(self.broker), self.clock, KEY.sign)
+        self.served = FakeServed()
+        self.seals = Seals(self.card.node_id, KEY.sign, anybody, self.clock, "x25519")
+        self.pulse = Pulse(self.card, [self.served], lambda served: 0, MemoryBus(self.broker), self.clock, KEY.sign, self.seals)
+
+    def kems(self) -> list[KemKey]:
+        beats = [codec.read_heartbeat(data, f"hb.{KEY.public}") for data in self.broker.sent_to("hb.")]
+        return [beat.kem for beat in beats if beat.kem is not None]
 
     def cards(self) -> list[Card]:
         beats = [codec.read_heartbeat(data, f"hb.{KEY.public}") for data in self.broker.sent_to("hb.")]
+        assert all((beat.card is None) == (beat.kem is None) for beat in beats), "a card comes with the key to seal to"
         cards = [beat.card for beat in beats if beat.card is not None]
         assert all(beat.card_sequence == beat.card.sequence for beat in beats if beat.card is not None)
         return [card for at, card in enumerate(cards) if at == 0 or card != cards[at - 1]]
@@ -61,6 +72,48 @@ async def test_the_first_heartbeat_brings_a_signed_card(heart: Heart) -> None:
     assert card_verifies(card)
     assert replace(card, signature=b"", expires_at_ms=heart.card.expires_at_ms) == heart.card
     assert why_card_refused(card, None, verifies=True, now_ms=heart.clock.wall_ms()) is None
+
+
+async def test_a_new_key_to_seal_to_is_told_at_once_and_signed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(node_pulse, "FIRST_BEAT_S", 0.001)
+    heart = Heart()
+    running = asyncio.ensure_future(heart.pulse.run())
+    await until(lambda: len(heart.broker.sent_to("hb.")) > 5)
+    first = heart.seals.kem
+    assert heart.kems() == [first], "the short beats come without"
+    heart.clock.advance(KEM_MS)
+    await until(lambda: len(heart.kems()) == 2)
+    running.cancel()
+    await asyncio.wait([running])
+    assert heart.kems() == [first, heart.seals.kem]
+    assert first.public_key != heart.seals.kem.public_key
+    assert all(kem_verifies(heart.card.node_id, kem, now_s=heart.clock.wall_ms() // 1000) for kem in heart.kems())
+
+
+async def test_prices_count_for_a_minute_after_they_rose(monkeypatch: pytest.MonkeyPatch) -> None:
+    heart = Heart()
+    prices = [Price(output_micro_per_munit=number) for number in range(3)]
+
+    async def asks(price: Price) -> None:
+        monkeypatch.setattr(heart.served, "offer", lambda node_id, _: replace(offer_of(node_id), price=price))
+        await heart.pulse.beat(full=True)
+
+    assert heart.pulse.prices(MODEL) == [], "nothing was offered yet"
+    await asks(prices[0])
+    heart.clock.advance(10 * PRICE_MS)
+    assert heart.pulse.prices(MODEL) == prices[:1], "what is asked now"
+    await asks(prices[1])
+    heart.clock.advance(PRICE_MS // 2)
+    await asks(prices[2])
+    assert set(heart.pulse.prices(MODEL)) == set(prices)
+    heart.clock.advance(PRICE_MS // 2)
+    assert set(heart.pulse.prices(MODEL)) == set(prices)
+    heart.clock.advance(1)
+    assert set(heart.pulse.prices(MODEL)) == {prices[1], prices[2]}
+    await asks(prices[1])  # it falls back
+    heart.clock.advance(PRICE_MS + 1)
+    assert heart.pulse.prices(MODEL) == [prices[1]]
+    assert heart.pulse.prices("other") == []
 
 
 async def test_a_changed_card_is_signed_anew(heart: Heart) -> None:

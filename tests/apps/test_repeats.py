@@ -48,7 +48,7 @@ QUOTE = Quote(
     chance=1.0,
 )
 PLACE = Place(node_id=NodeId("node-a"), quote=QUOTE, why="it is there", able=1)
-ORIGIN = Origin(node_id=NodeId("node-a"), hardware="cpu x", attempts=1, place=PLACE, price=Price())
+ORIGIN = Origin(node_id=NodeId("node-a"), hardware="cpu x", attempts=1, place=PLACE, price=Price(), readers="hub, node")
 GRANT = Grant(key_id=KeyId("key-1"), org_id=OrgId("home"))
 PIECES = [b"data: %d\n\n" % number for number in range(5)]
 

@@ -15,6 +15,7 @@ from msgspec.structs import replace
 from fallow.adapters.memory_bus import MemoryBus
 from fallow.adapters.sql.registry import SqlRegistry, open_registry
 from fallow.apps.card_check import anyones
+from fallow.apps.gateway import sessions
 from fallow.apps.gateway import spending as module
 from fallow.apps.gateway.main import Gateway
 from fallow.apps.hub import key_desk, registrar, spending_desk
@@ -27,6 +28,7 @@ from fallow.core.needs import MICRO
 from fallow.model import messages as m
 from fallow.model.call import Call
 from fallow.model.errors import BrokerLost, Failure, StoreFailed
+from fallow.model.identity import Member
 from fallow.model.ids import GatewayId, KeyId
 from fallow.model.offer import Price
 from fallow.model.receipt import Usage
@@ -34,9 +36,23 @@ from fallow.wire import codec, quote_request, subjects
 from fallow.wire import openai as wire
 
 if TYPE_CHECKING:  # the same file under the two names by which mypy and pytest know it
-    from tests.apps.one_loop import GATEWAY, MODEL, ORG, Asgi, Network, PlayedNode, beat_of, believed, offer_of, turns, until
+    from tests.apps.one_loop import (
+        GATEWAY,
+        MODEL,
+        ORG,
+        SIGN,
+        Asgi,
+        Network,
+        PlayedNode,
+        beat_of,
+        believed,
+        kem_believed,
+        offer_of,
+        turns,
+        until,
+    )
 else:
-    from one_loop import GATEWAY, MODEL, ORG, Asgi, Network, PlayedNode, beat_of, believed, offer_of, turns, until
+    from one_loop import GATEWAY, MODEL, ORG, SIGN, Asgi, Network, PlayedNode, beat_of, believed, kem_believed, offer_of, turns, until
 
 pytestmark = pytest.mark.anyio
 
@@ -71,6 +87,8 @@ class Site:
         self.registry = open_registry(f"sqlite:///{folder / 'hub.db'}")
         self.flaky = Flaky(self.registry)
         registrar.add_organisation(self.registry, ORG, public_key="", now_ms=1)
+        for gateway in (GATEWAY, "gw-2", "gw-3"):
+            self.registry.members.admit_open(Member(public_key=gateway, role="gateway", org_id=ORG, joined_at_ms=1))
         self.bus = MemoryBus(network.broker)
         self.gateway = network.gateway
 
@@ -86,7 +104,9 @@ class Site:
 
     async def another(self, id: str) -> Gateway:
         """One more gateway that knows the node."""
-        gateway = Gateway(GatewayId(id), MemoryBus(self.network.broker), self.network.clock, org_of=anyones, verify=believed)
+        asker = sessions.Asker(m.Hello(gateway_id=GatewayId(id), org_id=ORG), SIGN)
+        bus = MemoryBus(self.network.broker)
+        gateway = Gateway(asker, bus, self.network.clock, org_of=anyones, verify=believed, verify_kem=kem_believed)
         self.network._start(gateway.run)
         await turns()
         await self.tell_price("node-p")
@@ -124,7 +144,7 @@ async def running(folder: Path) -> AsyncIterator[Site]:
         site = Site(network, folder)
         try:
             async with asyncio.TaskGroup() as group:
-                await KeyDesk(site.bus, site.flaky, network.clock).start(group)  # type: ignore[arg-type]
+                await KeyDesk(site.bus, site.flaky, network.clock, ORG).start(group)  # type: ignore[arg-type]
                 await SpendingDesk(site.bus, site.flaky).start(group)  # type: ignore[arg-type]
                 yield site
                 await site.gateway.spending.report()
@@ -281,7 +301,7 @@ async def test_what_goes_beyond_the_budget_is_refused_before_a_node_hears_of_it(
 async def test_a_budget_that_is_raised_lets_calls_in_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(key_desk, "CHANGES_S", 0.005)
     async with running(tmp_path) as site:
-        desk = KeyDesk(site.bus, site.registry, site.network.clock)
+        desk = KeyDesk(site.bus, site.registry, site.network.clock, ORG)
         telling = asyncio.ensure_future(desk.run())
         node = await site.lend()
         id, secret = site.key(10)
@@ -362,7 +382,7 @@ async def test_the_desk_believes_a_gateway_of_itself_only(tmp_path: Path, caplog
             with pytest.raises(BrokerLost):
                 await tell(subject, gateway, m.KeySpent(key_id=id, micro=90))
         with pytest.raises(BrokerLost):
-            await bus.request(subjects.spent(GATEWAY), b"\x01nonsense", within_s=0.3)
+            await bus.request(subjects.spent(GATEWAY), b"\x02nonsense", within_s=0.3)
         assert sum("dropped" in record.message for record in caplog.records) == 3
         assert site.spent(id) == 7
         with pytest.MonkeyPatch.context() as patch:

@@ -17,9 +17,11 @@ from fallow.core.admit import (
     admit,
     admit_call,
     is_abandoned,
+    terms,
 )
 from fallow.model.ids import AttemptId, CallId, GatewayId, KeyId, OrgId
 from fallow.model.messages import Request
+from fallow.model.offer import Price
 
 PROMISE = settings(max_examples=60)
 OFFERED = {"tiny": {"/v1/chat/completions"}, "small": {"/v1/completions"}}
@@ -71,6 +73,34 @@ def test_admit(asked: Request, desk: Desk, code: str | None) -> None:
     failure = admit(asked, desk, OFFERED)
     assert (failure and failure.code) == code
     assert (failure.retry_after_ms if failure else None) == (BUSY_RETRY_AFTER_MS if code == "busy" else None)
+
+
+CHEAP = Price(prompt_micro_per_munit=1, output_micro_per_munit=10)
+DEAR = Price(prompt_micro_per_munit=2, output_micro_per_munit=20)
+MIXED = replace(DEAR, prompt_micro_per_munit=0)
+
+
+@pytest.mark.parametrize(
+    ("digest", "price", "asked", "code"),
+    [
+        pytest.param("sha256:a", CHEAP, [CHEAP], None, id="what is asked"),
+        pytest.param("", Price(), [Price()], None, id="weights that aren't ours, for nothing"),
+        pytest.param("sha256:a", DEAR, [CHEAP], None, id="more than is asked by now"),
+        pytest.param("sha256:a", CHEAP, [CHEAP, DEAR], None, id="what was asked a moment ago"),
+        pytest.param("sha256:a", CHEAP, [DEAR, CHEAP], None, id="in either order"),
+        pytest.param("sha256:a", CHEAP, [DEAR], "price_changed", id="less than is asked"),
+        pytest.param("sha256:a", MIXED, [CHEAP], "price_changed", id="less of one price only"),
+        pytest.param("sha256:a", replace(CHEAP, output_micro_per_munit=9), [CHEAP], "price_changed", id="a little less"),
+        pytest.param("sha256:a", DEAR, [], "price_changed", id="nothing is asked: nothing is offered"),
+        pytest.param("sha256:b", CHEAP, [CHEAP], "model_not_here", id="other weights"),
+        pytest.param("", CHEAP, [CHEAP], "model_not_here", id="weights that aren't named"),
+        pytest.param("sha256:b", CHEAP, [DEAR], "model_not_here", id="both: what no retry would lift is said"),
+    ],
+)
+def test_terms(digest: str, price: Price, asked: list[Price], code: str | None) -> None:
+    ours = "" if digest == "" and not price.output_micro_per_munit else "sha256:a"
+    failure = terms(replace(request(), model_digest=digest, price=price), model_digest=ours, asked=asked)
+    assert (failure and failure.code) == code
 
 
 @PROMISE

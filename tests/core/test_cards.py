@@ -63,6 +63,9 @@ def why(card: Card = CARD, known: Card | None = None, **more: Any) -> str | None
         (replace(CARD, region="eu-fr"), CARD, {}, "replayed"),
         (CARD, None, {"org_id": "other"}, "organisation"),
         (CARD, None, {"possible": False}, "region"),
+        (CARD, None, {"seals": False}, "unsealed"),
+        (CARD, CARD, {"seals": False}, "unsealed"),
+        (CARD, None, {"seals": False, "possible": False}, "region"),
         (replace(CARD, expires_at_ms=0), None, {"verifies": False, "possible": False, "org_id": "other"}, "signature"),
     ],
 )

@@ -10,7 +10,9 @@ from msgspec.structs import replace
 
 from fallow.core import relay
 from fallow.core.relay import (
+    Again,
     Ask,
+    Asked,
     Broken,
     BusLost,
     CallerLeft,
@@ -27,8 +29,8 @@ from fallow.core.relay import (
     ask,
     step,
 )
-from fallow.model.errors import Failure
-from fallow.model.messages import Accepted, Alive, Final, Head, Part
+from fallow.model.errors import Failure, UnopenedReason
+from fallow.model.messages import Accepted, Alive, Final, Head, Lost, Part, Unopened
 from fallow.model.receipt import Usage
 
 PROMISE = settings(max_examples=60)
@@ -72,6 +74,10 @@ EVENTS: dict[str, Callable[[Relay], Event]] = {
     "gateway stops": lambda _: BusLost(code="gateway_stopping", message=""),
     "caller left": lambda _: CallerLeft(),
     "quiet tick": lambda _: Tick(),
+    "asked only now": lambda _: Asked(),
+    "unopened": lambda _: Unopened(reason="no_session"),
+    "not vouched for": lambda _: Unopened(reason="not_vouched"),
+    "lost": lambda _: Lost(),
 }
 
 # event -> (phase after it from asked, accepted, answering), and the effects by name
@@ -93,6 +99,7 @@ TABLE: dict[str, tuple[tuple[Phase, Phase, Phase], str]] = {
     "gateway stops": (("done", "done", "done"), "Stop Fail:gateway_stopping"),
     "caller left": (("done", "done", "done"), "Stop"),
     "quiet tick": (("asked", "accepted", "answering"), ""),
+    "lost": (("done", "done", "done"), "Stop Fail:attempt_lost"),
 }
 SPEAKS = {"accepted", "alive", "next part", "next final"}
 """What sets the silence back to nothing."""
@@ -119,8 +126,44 @@ def test_nothing_wakes_an_attempt_that_is_done(event: str) -> None:
     assert step(done, EVENTS[event](done), now_ms=10**9) == (done, ())
 
 
+OF_SESSIONS: dict[str, str] = {"asked only now": "", "unopened": "Again", "not vouched for": "Stop Fail:not_opened"}
+"""What these do while nothing was heard of the node; later, they do nothing."""
+
+
+@pytest.mark.parametrize("event", OF_SESSIONS)
+def test_a_session_that_had_to_be_opened_first_or_anew(event: str) -> None:
+    before = STATES["asked"]
+    after, effects = step(before, EVENTS[event](before), now_ms=NOW)
+    assert named(effects) == OF_SESSIONS[event]
+    assert after.phase == ("done" if event == "not vouched for" else "asked")
+    if after.phase == "asked":
+        assert after == replace(before, heard_at_ms=NOW, asked_again=event == "unopened"), "the node has its time once more"
+
+
+@pytest.mark.parametrize("event", OF_SESSIONS)
+@pytest.mark.parametrize("phase", ["accepted", "answering"])
+def test_who_says_late_that_a_call_was_not_opened_changes_nothing(phase: Phase, event: str) -> None:
+    """It is said in the open: anybody on the way could say it."""
+    before = STATES[phase]
+    assert step(before, EVENTS[event](before), now_ms=NOW) == (before, ())
+
+
+@pytest.mark.parametrize("reason", get_args(UnopenedReason))
+def test_a_call_is_sent_once_more_and_not_twice(reason: UnopenedReason) -> None:
+    before = STATES["asked"]
+    state, effects = step(before, Unopened(reason=reason), now_ms=NOW)
+    if reason != "not_vouched":
+        assert effects == (Again(),)
+        state, effects = step(state, Asked(), now_ms=NOW)
+        assert effects == ()
+        state, effects = step(state, Unopened(reason=reason), now_ms=NOW)
+    assert (state.phase, named(effects)) == ("done", "Stop Fail:not_opened")
+    assert isinstance(fail := effects[1], Fail)
+    assert reason in fail.failure.message
+
+
 def test_the_table_is_complete() -> None:
-    assert TABLE.keys() == EVENTS.keys()
+    assert TABLE.keys() | OF_SESSIONS.keys() == EVENTS.keys()
     assert {type(make(STATES["asked"])) for make in EVENTS.values()} == set(get_args(Event))
     assert tuple(STATES) == get_args(Phase)
 
@@ -203,7 +246,8 @@ def test_started(next_index: int, keeps: bool, started: bool) -> None:
 
 # Properties: any events, at any times that don't run backwards.
 an_event: st.SearchStrategy[Event] = st.one_of(
-    st.sampled_from([Accepted(), Alive(), Tick(), Tick(), Unheard(), Broken(), CallerLeft(), BusLost()]),
+    st.sampled_from([Accepted(), Alive(), Tick(), Tick(), Unheard(), Broken(), CallerLeft(), BusLost(), Asked(), Lost()]),
+    st.sampled_from(get_args(UnopenedReason)).map(lambda reason: Unopened(reason=reason)),
     st.integers(-1, 5).map(part),
     st.integers(-1, 5).map(final),
     st.integers(0, 5).map(lambda index: Final(index=index, failure=REFUSED)),
@@ -262,6 +306,14 @@ def test_the_node_is_stopped_once_unless_it_ended_the_attempt_itself(story: list
     stops = sum(isinstance(e, Stop) for _, _, effects in told for e in effects)
     said = [effects for event, _, effects in told if isinstance(event, Final) and named(effects) in ("Deliver Finish", "Fail:busy")]
     assert stops == (state.phase == "done" and not said)
+
+
+@PROMISE
+@given(a_story)
+def test_nothing_is_sent_a_third_time(story: list[tuple[int, Event]]) -> None:
+    _, told = tell(story)
+    again = [met.phase for _, met, effects in told for e in effects if isinstance(e, Again)]
+    assert again in ([], ["asked"])
 
 
 @PROMISE

@@ -25,6 +25,8 @@ PASSING = (
     "broker_lost",
     "attempt_lost",
     "cannot_continue",
+    "not_opened",
+    "price_changed",
     "engine_failed",
     "engine_stalled",
 )

@@ -25,7 +25,7 @@ from fallow.core.roster import (
 )
 from fallow.model.card import Card, Hardware
 from fallow.model.ids import NodeId, OrgId
-from fallow.model.messages import Heartbeat, NodeState
+from fallow.model.messages import Heartbeat, KemKey, NodeState
 from fallow.model.offer import Load, Offer, Price, Speed
 
 PROMISE = settings(max_examples=60)
@@ -59,6 +59,10 @@ def offer(model: str = "tiny", node_id: NodeId = NODE) -> Offer:
     )
 
 
+def kem(byte: int) -> KemKey:
+    return KemKey(suite="x25519", public_key=bytes([byte]) * 32, expires_at_s=9)
+
+
 def load(model: str = "tiny", waiting: int = 0) -> Load:
     return Load(model=model, readiness="ready", slots_free=2, waiting=waiting, waiting_max=4)
 
@@ -71,8 +75,11 @@ def beat(
     offers: tuple[Offer, ...] | None = None,
     state: NodeState = "run",
     loads: tuple[Load, ...] = (),
+    kem: KemKey | None = None,
 ) -> Heartbeat:
-    return Heartbeat(node_id=NODE, sequence=sequence, state=state, card_sequence=card_sequence, loads=loads, card=full, offers=offers)
+    return Heartbeat(
+        node_id=NODE, sequence=sequence, state=state, card_sequence=card_sequence, loads=loads, card=full, offers=offers, kem=kem
+    )
 
 
 KNOWN = Member(sequence=10, heard_at_ms=1_000, state="run", card=card(1), offers=(offer(),), loads=(load(),))
@@ -128,6 +135,23 @@ KNOWN = Member(sequence=10, heard_at_ms=1_000, state="run", card=card(1), offers
 )
 def test_hear(member: Member | None, heard: Heartbeat, then: Member) -> None:
     assert hear(member, heard, now_ms=5_000) == then
+
+
+@pytest.mark.parametrize(
+    ("heard", "then"),
+    [
+        (beat(11), kem(1)),
+        (beat(11, kem=kem(2)), kem(2)),
+        (beat(11, card_sequence=2), kem(1)),  # its card is gone until it comes; calls that are under way are still sealed to it
+        (beat(11, full=card(2), card_sequence=2, offers=(offer(),), kem=kem(2)), kem(2)),
+        (beat(10, kem=kem(2)), kem(1)),
+    ],
+    ids=["none came along", "another", "another card that we did not get", "another with its card", "late"],
+)
+def test_the_key_to_which_calls_are_sealed_is_the_one_said_last(heard: Heartbeat, then: KemKey) -> None:
+    assert hear(replace(KNOWN, kem=kem(1)), heard, now_ms=5_000).kem == then
+    first = hear(None, heard, now_ms=5_000)
+    assert first.kem == heard.kem
 
 
 @pytest.mark.parametrize("sequence", [0, 9, 10])

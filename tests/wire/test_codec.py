@@ -22,6 +22,7 @@ from fallow.model.offer import Load, Offer, Price, Speed
 from fallow.model.receipt import Usage
 from fallow.wire import codec, subjects
 from fallow.wire.codec import MAJOR, Reader, encode
+from fallow.wire.seal import Channel
 from fallow.wire.subjects import PART_BYTES_MAX, PAYLOAD_BYTES_MAX, TABLE
 from offers import AT_S, FOREVER_S, NOW, PLAIN, call_id, call_of
 
@@ -32,8 +33,11 @@ KINDS: list[type[m.Message]] = m.Message.__subclasses__()
 READERS: dict[str, tuple[Reader[Any], set[type[m.Message]]]] = {
     "request": (codec.request, {m.Request}),
     "body_part": (codec.body_part, {m.BodyPart}),
-    "to_node": (codec.to_node, {m.Cancel, m.Credit, m.Lease, m.Introduce, m.Ping}),
-    "to_gateway": (codec.to_gateway, {m.Accepted, m.Part, m.Final, m.Alive, m.Credit}),
+    "inner": (codec.inner, {m.Part, m.Final, m.Alive}),
+    "sealed_request": (codec.sealed_request, {m.SealedRequest}),
+    "sealed_body": (codec.sealed_body, {m.Sealed}),
+    "to_node": (codec.to_node, {m.Cancel, m.Credit, m.Lease, m.Introduce, m.Ping, m.Hello}),
+    "to_gateway": (codec.to_gateway, {m.Accepted, m.Sealed, m.Alive, m.Credit, m.Welcome, m.Unopened, m.Lost}),
     "heartbeat": (codec.heartbeat, {m.Heartbeat}),
     "key_query": (codec.key_query, {m.KeyQuery}),
     "key_answer": (codec.key_answer, {m.KeyAnswer}),
@@ -51,6 +55,8 @@ READERS: dict[str, tuple[Reader[Any], set[type[m.Message]]]] = {
     "history_query": (codec.history_query, {m.HistoryQuery}),
     "history_answer": (codec.history_answer, {m.HistoryAnswer}),
 }
+SEALED: set[type[m.Message]] = {m.Request, m.BodyPart, m.Part, m.Final}
+"""What no subject carries: it travels within something else."""
 SIMPLE: dict[Any, st.SearchStrategy[Any]] = {
     str: st.text(max_size=12),
     bytes: st.binary(max_size=12),
@@ -88,13 +94,17 @@ def values(kind: Any) -> st.SearchStrategy[Any]:
 def bounded(kind: Any, meta: msgspec.Meta) -> st.SearchStrategy[Any]:
     """A value within what its field allows; the ends come up now and then."""
     if kind is int:
-        return st.integers(int(meta.ge or 0), 2**63 - 1 if meta.le is None else int(meta.le))
+        most = 2**63 - 1 if meta.le is None else int(meta.le)
+        return st.integers(int(meta.ge or 0), most if meta.lt is None else int(meta.lt) - 1)
     if kind is float:
         return st.floats(meta.ge or 0.0, 1e9 if meta.le is None else meta.le)
     if meta.pattern is not None:
         return st.from_regex(meta.pattern)
     if kind is str:
         return st.text(min_size=meta.min_length or 0, max_size=12)
+    if kind is bytes:
+        least = meta.min_length or 0
+        return st.binary(min_size=least, max_size=max(least, min(12, meta.max_length or 12)))
     assert meta.max_length is None or meta.max_length >= 3
     return values(kind)
 
@@ -114,7 +124,9 @@ def test_round_trip(kind: type[m.Message], data: st.DataObject) -> None:
 
 def test_each_subject_has_a_reader_for_all_that_it_carries() -> None:
     read = {kind for _, kinds in READERS.values() for kind in kinds}
-    assert read == set(KINDS) == {kind for row in TABLE for kind in row.carries}
+    carried = {kind for row in TABLE for kind in row.carries}
+    assert read == set(KINDS) == carried | SEALED
+    assert not carried & SEALED, "only what is sealed may tell of a call"
     one_reader = [kinds for _, kinds in READERS.values()]
     assert all(set(row.carries) in one_reader or row.is_asked for row in TABLE)  # those answers are replies
 
@@ -132,6 +144,10 @@ SAMPLES: dict[type[m.Message], m.Message] = {
         stream=True,
         body_bytes=2,
         body=b"{}",
+        model_digest="digest",
+        price=Price(output_micro_per_munit=9),
+        cost_max_micro=7,
+        privacy="padded",
     ),
     m.BodyPart: m.BodyPart(offset=7, data=b"more"),
     m.Cancel: m.Cancel(attempt_id=AttemptId("attempt")),
@@ -141,8 +157,25 @@ SAMPLES: dict[type[m.Message], m.Message] = {
     m.Ping: m.Ping(attempt_id=AttemptId("attempt")),
     m.Accepted: m.Accepted(),
     m.Part: m.Part(index=0, data=b"data", head=m.Head(status=200, content_type="text/event-stream", engine_us=3)),
-    m.Final: m.Final(index=1, usage=Usage(prompt_tokens=1), failure=Failure(code="busy", message="full")),
+    m.Final: m.Final(
+        index=1, usage=Usage(prompt_tokens=1), failure=Failure(code="busy", message="full"), tokens=(1, 2**32 - 1), digest=bytes(32)
+    ),
     m.Alive: m.Alive(),
+    m.Hello: m.Hello(
+        gateway_id=GatewayId("gateway"),
+        org_id=OrgId("org"),
+        member_until_s=9,
+        membership=b"word",
+        session=bytes(16),
+        kid=bytes(8),
+        box=b"box",
+        signature=b"signed",
+    ),
+    m.Welcome: m.Welcome(share=bytes(32), confirm=bytes(32)),
+    m.SealedRequest: m.SealedRequest(session=bytes(16), number=3, box=b"box"),
+    m.Sealed: m.Sealed(index=3, box=b"box"),
+    m.Unopened: m.Unopened(reason="no_session"),
+    m.Lost: m.Lost(),
     m.Hold: m.Hold(sequence=1, models=("tiny",)),
     m.Demand: m.Demand(gateway_id=GatewayId("gateway"), sequence=1, span_ms=30_000, models=(m.ModelDemand(model="tiny", calls=2),)),
     m.Index: m.Index(sequence=1, prices=(INDEX_PRICE,)),
@@ -177,6 +210,7 @@ SAMPLES: dict[type[m.Message], m.Message] = {
                 expires_at_ms=9,
             ),
         ),
+        kem=m.KemKey(suite="x25519", public_key=bytes(32), expires_at_s=9, signature=b"signed"),
     ),
     m.Enrol: m.Enrol(role="node", public_key="U" * 56, invite="word", at_s=1, proof=b"proof"),
     m.Enrolled: m.Enrolled(credential="a.b.c", org_id=OrgId("org"), expires_at_s=2),
@@ -192,13 +226,14 @@ SAMPLES: dict[type[m.Message], m.Message] = {
 
 def test_the_bytes_of_a_message_stay_as_they_are() -> None:
     """Nodes and gateways of different ages meet: a tag is never given to something else."""
-    assert encode(SAMPLES[m.Cancel]) == b"\x01\x92\x03\xa7attempt"
-    assert encode(SAMPLES[m.BodyPart]) == b"\x01\x94\x02\x07\xc4\x04more\xc4\x00"
-    assert [msgspec.msgpack.decode(encode(SAMPLES[kind])[1:])[0] for kind in KINDS] == list(range(1, 27))
+    assert encode(SAMPLES[m.Cancel]) == b"\x02\x92\x03\xa7attempt"
+    assert encode(SAMPLES[m.BodyPart]) == b"\x02\x93\x02\x07\xc4\x04more"
+    assert [msgspec.msgpack.decode(encode(SAMPLES[kind])[1:])[0] for kind in KINDS] == [*range(1, 27), *range(28, 34)]
     assert [kind.__name__ for kind in KINDS] == [
         "Request", "BodyPart", "Cancel", "Credit", "Lease", "Introduce", "Accepted", "Part", "Final", "Alive", "Heartbeat", "KeyQuery",
         "KeyAnswer", "Hold", "Demand", "Index", "HistoryQuery", "HistoryAnswer", "Ping",
         "Enrol", "Enrolled", "Renew", "KeysChanged", "PutOut", "Spent", "SpentAnswer",
+        "Hello", "Welcome", "SealedRequest", "Sealed", "Unopened", "Lost",
     ]  # fmt: skip
 
 
@@ -240,12 +275,12 @@ def test_fields_that_a_newer_version_adds_are_ignored(kind: type[m.Message], add
 def test_a_head_may_grow_too() -> None:
     tag, index, data, head, *rest = msgspec.msgpack.decode(encode(SAMPLES[m.Part])[1:])
     grown = msgspec.msgpack.encode([tag, index, data, [*head, "new"], *rest])
-    assert codec.to_gateway.read(bytes([MAJOR]) + grown) == SAMPLES[m.Part]
+    assert codec.inner.read(bytes([MAJOR]) + grown) == SAMPLES[m.Part]
 
 
 def test_what_an_older_writer_leaves_out_has_its_default() -> None:
     data = bytes([MAJOR]) + msgspec.msgpack.encode([9, 4])
-    assert codec.to_gateway.read(data) == m.Final(index=4)
+    assert codec.inner.read(data) == m.Final(index=4)
 
 
 @pytest.mark.parametrize("over", [-1, 0, 1])
@@ -259,9 +294,17 @@ def test_what_the_broker_would_not_carry_is_not_encoded(over: int) -> None:
         assert len(encode(message)) == PAYLOAD_BYTES_MAX + over
 
 
-def test_a_whole_part_fits_with_its_envelope() -> None:
-    assert len(encode(replace(SAMPLES[m.Part], data=bytes(PART_BYTES_MAX)))) < PAYLOAD_BYTES_MAX
-    assert len(encode(replace(SAMPLES[m.Request], body=bytes(PART_BYTES_MAX)))) < PAYLOAD_BYTES_MAX
+@pytest.mark.parametrize("pads", [False, True])
+def test_a_whole_part_fits_with_its_envelope(pads: bool) -> None:
+    channel = Channel(bytes(32), bytes(32))
+    channel.pads = pads
+    part = replace(SAMPLES[m.Part], data=bytes(PART_BYTES_MAX))
+    body_part = replace(SAMPLES[m.BodyPart], data=bytes(PART_BYTES_MAX))
+    for message in (part, body_part):
+        _, box = channel.seal(encode(message))
+        assert len(encode(replace(SAMPLES[m.Sealed], box=box))) < PAYLOAD_BYTES_MAX
+    _, box = channel.seal(encode(replace(SAMPLES[m.Request], body=bytes(PART_BYTES_MAX))))
+    assert len(encode(replace(SAMPLES[m.SealedRequest], box=box))) < PAYLOAD_BYTES_MAX
 
 
 @pytest.mark.parametrize(
@@ -289,7 +332,10 @@ def test_the_largest_report_of_what_was_spent_fits_its_subject(message: type[m.S
     ("name", "row"),
     [
         ("request", subjects.REQUEST),
+        ("sealed_request", subjects.REQUEST),
         ("body_part", subjects.BODY),
+        ("sealed_body", subjects.BODY),
+        ("inner", subjects.ANSWER),
         ("to_node", subjects.CONTROL),
         ("to_gateway", subjects.ANSWER),
         ("heartbeat", subjects.HEARTBEAT),

@@ -338,6 +338,14 @@ def test_log_probabilities(top: int | None, alternatives: list[tuple[str, float]
     assert events == [Text(0, "Hi", (Token("Hi", [72, 105], -0.25, others),))]
 
 
+@pytest.mark.parametrize(("top", "ids"), [(None, []), (0, [5, 9]), (2, [5, 9])])
+def test_the_engines_own_numbers_of_what_it_wrote(top: int | None, ids: list[int]) -> None:
+    """It tells them with log probabilities; some engines leave them out."""
+    told = [chosen("Hi", logprob("Hi", -0.25)), chosen("ho", logprob("h", -0.5, id=None), logprob("o", -0.5, ("e", -1.0), id=9))]
+    _, stream = read([*told, delta(0, {}, "stop"), DONE], top=top)
+    assert stream.token_ids == ids
+
+
 @pytest.mark.parametrize(
     ("value", "told"),
     [(-3.4e38, LOGPROB_MIN), (None, LOGPROB_MIN), (-1e4, LOGPROB_MIN), (LOGPROB_MIN, LOGPROB_MIN), (-0.5, -0.5), (0, 0.0), (1e-9, 0.0)],

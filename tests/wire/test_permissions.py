@@ -43,7 +43,7 @@ def test_by_hand() -> None:
                 "n.*.req",
                 "n.*.body.*",
                 "n.*.ctl",
-                "hub.key",
+                "hub.key.{{subject()}}",
                 "hub.demand",
                 "hub.prices",
                 "hub.spent.{{subject()}}",
@@ -53,7 +53,7 @@ def test_by_hand() -> None:
         ),
         "hub": (
             {"keys", "banned", "n.*.hub", "prices", "_R_.>"},
-            {"hb.*", "hub.key", "hub.spent.*", "hub.demand", "hub.prices", "hub.enrol", "hub.node.*", "hub.gateway.*", "hub.echo.*.*"},
+            {"hb.*", "hub.key.*", "hub.spent.*", "hub.demand", "hub.prices", "hub.enrol", "hub.node.*", "hub.gateway.*", "hub.echo.*.*"},
         ),
         "guest": ({"hub.enrol"}, {"_I.{{subject()}}.>"}),
     }

@@ -12,9 +12,21 @@ from fallow.adapters.nkey import KeyPair, make_key
 from fallow.model.card import Card, Hardware
 from fallow.model.identity import Agreement
 from fallow.model.ids import NodeId, OrgId
-from fallow.model.messages import Enrol, Heartbeat
+from fallow.model.messages import Enrol, Heartbeat, KemKey
 from fallow.wire import codec
-from fallow.wire.sign import agreement_bytes, card_bytes, card_verifies, enrol_bytes, signed_card
+from fallow.wire.sign import (
+    CLOCKS_S,
+    agreement_bytes,
+    card_bytes,
+    card_verifies,
+    enrol_bytes,
+    is_vouched,
+    kem_bytes,
+    kem_verifies,
+    member_bytes,
+    signed_card,
+    vouched_org,
+)
 
 PROMISE = settings(max_examples=60)
 KEY = make_key("user")
@@ -89,6 +101,84 @@ def test_a_card_verifies_after_its_travel() -> None:
     assert card_verifies(come)
 
 
+# KEM keys
+UNSIGNED_KEM = KemKey(suite="mlkem768-x25519", public_key=bytes(range(32)) * 38, expires_at_s=1_000)
+KEM = replace(UNSIGNED_KEM, signature=KEY.sign(kem_bytes(NodeId(KEY.public), UNSIGNED_KEM)))
+
+
+@pytest.mark.parametrize(
+    ("now_s", "holds"), [(0, True), (1_000, True), (1_000 + CLOCKS_S, True), (1_001 + CLOCKS_S, False), (2**40, False)]
+)
+def test_a_kem_key_that_its_node_signed_verifies_until_its_end(now_s: int, holds: bool) -> None:
+    assert kem_verifies(NodeId(KEY.public), KEM, now_s=now_s) is holds
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"suite": "x25519"},
+        {"public_key": KEM.public_key[:-1]},
+        {"public_key": bytes(1_216)},
+        {"expires_at_s": 1_001},
+        {"signature": b""},
+        {"signature": bytes(64)},
+        {"signature": KEM.signature[:-1]},
+        {"signature": make_key("user").sign(kem_bytes(NodeId(KEY.public), KEM))},
+        {"signature": KEY.sign(card_bytes(CARD))},
+    ],
+    ids=["suite", "shorter", "another", "later", "unsigned", "zeros", "cut", "a stranger's", "of something else"],
+)
+def test_a_kem_key_in_which_anything_is_changed_does_not_verify(change: dict[str, Any]) -> None:
+    assert not kem_verifies(NodeId(KEY.public), replace(KEM, **change), now_s=0)
+
+
+def test_every_field_of_a_kem_key_is_changed_above() -> None:
+    assert set(KemKey.__struct_fields__) == {"suite", "public_key", "expires_at_s", "signature"}
+
+
+@pytest.mark.parametrize("kind", ["account", "operator"])
+def test_only_a_nodes_key_signs_kem_keys(kind: Any) -> None:
+    key: KeyPair = make_key(kind)
+    node_id = NodeId(key.public)
+    assert not kem_verifies(node_id, replace(KEM, signature=key.sign(kem_bytes(node_id, KEM))), now_s=0)
+
+
+@pytest.mark.parametrize("node_id", [make_key("user").public, "node-a", ""], ids=["another's", "no key", "nobody's"])
+def test_a_kem_key_is_nobody_elses(node_id: str) -> None:
+    assert not kem_verifies(NodeId(node_id), KEM, now_s=0)
+
+
+# memberships
+HUB = make_key("account")
+WORD = HUB.sign(member_bytes(KEY.public, OrgId("home"), 1_000))
+
+
+@pytest.mark.parametrize(("now_s", "holds"), [(0, True), (1_000 + CLOCKS_S, True), (1_001 + CLOCKS_S, False)])
+def test_the_hubs_word_holds_for_a_time(now_s: int, holds: bool) -> None:
+    assert is_vouched(KEY.public, OrgId("home"), 1_000, WORD, HUB.public, now_s=now_s) is holds
+    card = replace(CARD, member_until_s=1_000, membership=WORD)
+    assert vouched_org(card, HUB.public, now_s=now_s) == ("home" if holds else "")
+
+
+@pytest.mark.parametrize(
+    ("public_key", "org", "until_s", "word", "authority"),
+    [
+        (make_key("user").public, "home", 1_000, WORD, HUB.public),
+        (KEY.public, "other", 1_000, WORD, HUB.public),
+        (KEY.public, "", 1_000, WORD, HUB.public),
+        (KEY.public, "home", 1_001, WORD, HUB.public),
+        (KEY.public, "home", 1_000, b"", HUB.public),
+        (KEY.public, "home", 1_000, bytes(64), HUB.public),
+        (KEY.public, "home", 1_000, KEY.sign(member_bytes(KEY.public, OrgId("home"), 1_000)), HUB.public),
+        (KEY.public, "home", 1_000, WORD, make_key("account").public),
+        (KEY.public, "home", 1_000, WORD, ""),
+    ],
+    ids=["another's", "organisation", "no organisation", "longer", "none", "zeros", "one's own word", "another hub", "no hub"],
+)
+def test_what_the_hub_did_not_say_is_not_believed(public_key: str, org: str, until_s: int, word: bytes, authority: str) -> None:
+    assert not is_vouched(public_key, OrgId(org), until_s, word, authority, now_s=0)
+
+
 NAMES = st.frozensets(st.text(st.characters(codec="ascii"), max_size=5), max_size=8)
 
 
@@ -132,6 +222,9 @@ def test_the_bytes_are_these() -> None:
     assert card_bytes(SIGNED) == b"fallow/card/v1\0" + msgspec.msgpack.encode(fields)
     assert enrol_bytes(ENROL) == b"fallow/enrol/v1\0" + msgspec.msgpack.encode(
         {"at_s": 1_700_000_000, "invite": "word", "public_key": KEY.public, "role": "node"}
+    )
+    assert kem_bytes(NodeId(KEY.public), KEM) == b"fallow/kem/v1\0" + msgspec.msgpack.encode(
+        [KEY.public, "mlkem768-x25519", KEM.public_key, 1_000]
     )
     assert agreement_bytes(AGREEMENT) == b"fallow/agreement/v1\0" + msgspec.msgpack.encode({"begins_at_ms": 5, "left": "a", "right": "b"})
 

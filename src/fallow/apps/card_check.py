@@ -78,6 +78,7 @@ class CardCheck:
             now_ms=self._clock.wall_ms(),
             org_id=self._org_of(card),
             possible=where is None,
+            seals=beat.kem is not None,
         )
         if reason is None:
             self._refused.pop(card.node_id, None)

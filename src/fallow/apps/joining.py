@@ -52,6 +52,7 @@ class Kept(msgspec.Struct, frozen=True, kw_only=True):
     membership: bytes = b""
     member_until_s: int = 0
     authority: str = ""
+    hub_org_id: OrgId = OrgId("")
 
 
 class Joined(NamedTuple):
@@ -62,6 +63,7 @@ class Joined(NamedTuple):
     membership: bytes
     member_until_s: int
     authority: str
+    hub_org_id: OrgId
     address: str
     reach: Reach
     file: Path
@@ -113,6 +115,7 @@ def _joined(kept: Kept, door: Invitation, key: KeyPair, hub: str, proxy: str, fi
         membership=kept.membership,
         member_until_s=kept.member_until_s,
         authority=kept.authority,
+        hub_org_id=kept.hub_org_id,
         address=_reachable(door, hub, proxy)[0],
         reach=Reach(ca_pem=door.ca_pem, proxy=proxy),
         file=file,
@@ -127,6 +130,7 @@ def _given(enrolled: m.Enrolled) -> dict[str, Any]:
         "membership": enrolled.membership,
         "member_until_s": enrolled.expires_at_s,
         "authority": enrolled.authority,
+        "hub_org_id": enrolled.hub_org_id,
     }
 
 

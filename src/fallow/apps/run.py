@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable
 
 import msgspec
 
+from fallow.adapters.private_memory import keep_private
 from fallow.apps.log_limit import LogLimit
 from fallow.model.errors import FallowError, leaf
 
@@ -52,6 +53,7 @@ class Ready(msgspec.Struct, frozen=True, kw_only=True):
 
 def run(main: Main, *, verbose: bool = False) -> int:
     """Run an app until it ends or a signal says stop; returns the exit code. Errors are one line on stderr."""
+    keep_private()
     logging.basicConfig(
         level=logging.INFO if verbose else logging.WARNING, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )

@@ -16,7 +16,8 @@ from fallow.apps import lend_settings
 from fallow.core import hours
 from fallow.model.call import CONCURRENCY_DEFAULT, PER_MINUTE_MAX, WEIGHT_MAX
 from fallow.model.errors import BadFlag, BadSetting
-from fallow.model.needs import COUNTRY_UNKNOWN, Isolation, Prefer, Ring
+from fallow.model.messages import SuiteName
+from fallow.model.needs import COUNTRY_UNKNOWN, Isolation, Prefer, Privacy, Ring
 from fallow.wire import complaint
 
 FILE = "settings.toml"
@@ -69,6 +70,8 @@ TEMPLATE = (
 # isolation = "none"
 # cheap or fast: what matters among machines that meet a call's needs.
 # prefer = "cheap"
+# What the way an answer travels may tell: plain; padded (sizes rounded up, ten pieces a second at most); whole (in one go at its end).
+# privacy = "plain"
 # The most that a call may cost, and a million output tokens, in credits (1 credit is 1 USD); 0: no limit.
 # max_cost = 0
 # max_price = 0
@@ -101,6 +104,8 @@ TEMPLATE = (
 [network]
 # An HTTP proxy through which the broker is reached, by its WebSocket address, such as http://proxy:3128.
 # proxy = ""
+# How gateways' sessions with this machine's node are sealed: mlkem768-x25519, or x25519 alone.
+# suite = "mlkem768-x25519"
 
 [gateway]
 # Where callers' HTTP is answered.
@@ -149,6 +154,7 @@ class Key(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     hardware: Literal["", "cpu", "gpu"] = ""
     isolation: Isolation = "none"
     prefer: Prefer = "cheap"
+    privacy: Privacy = "plain"
     max_cost: lend_settings.Usd = 0.0
     max_price: lend_settings.Usd = 0.0
     concurrency: Annotated[int, Meta(ge=1, le=100_000)] = CONCURRENCY_DEFAULT
@@ -170,6 +176,7 @@ class Hub(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
 
 class Network(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     proxy: str = ""
+    suite: SuiteName = "mlkem768-x25519"
 
 
 class Gateway(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

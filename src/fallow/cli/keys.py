@@ -147,6 +147,7 @@ def _terms(key: ApiKey) -> dict[str, str]:
         "hardware": policy.hardware or "",
         "isolation": policy.isolation or "",
         "prefer": policy.prefer,
+        "privacy": policy.privacy,
         "max cost": _credits(policy.cost_max_micro),
         "max price": _credits(policy.price_max_micro_per_munit),
         "models": ", ".join(sorted(key.models)),

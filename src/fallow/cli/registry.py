@@ -19,6 +19,7 @@ Regions = Annotated[str | None, typer.Option("--regions", metavar="LIST", help="
 Countries = Annotated[str | None, typer.Option("--countries", metavar="LIST", help="The same by country, such as de,at.")]
 Hardware = Annotated[str | None, typer.Option("--hardware", metavar="KIND", help="cpu or gpu.")]
 Isolation = Annotated[str | None, typer.Option("--isolation", metavar="LEVEL", help="none, landlock or bwrap at least.")]
+Privacy = Annotated[str | None, typer.Option("--privacy", metavar="HOW", help="plain, padded or whole: what sizes and times may tell.")]
 Prefer = Annotated[str | None, typer.Option("--prefer", metavar="WHAT", help="cheap or fast.")]
 MaxCost = Annotated[float | None, typer.Option("--max-cost", metavar="CREDITS", help="The most that a call may cost; 0: no limit.")]
 MaxPrice = Annotated[
@@ -54,6 +55,7 @@ def keys_create(
     hardware: Hardware = None,
     isolation: Isolation = None,
     prefer: Prefer = None,
+    privacy: Privacy = None,
     max_cost: MaxCost = None,
     max_price: MaxPrice = None,
     concurrency: Concurrency = None,
@@ -99,6 +101,7 @@ def keys_limit(
     hardware: Hardware = None,
     isolation: Isolation = None,
     prefer: Prefer = None,
+    privacy: Privacy = None,
     max_cost: MaxCost = None,
     max_price: MaxPrice = None,
     concurrency: Concurrency = None,

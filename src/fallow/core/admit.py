@@ -6,6 +6,7 @@ import msgspec
 
 from fallow.model.errors import Failure, shortened
 from fallow.model.messages import Request
+from fallow.model.offer import Price
 
 BODY_BYTES_MAX = 32 * 1024 * 1024
 """One request's body, the same at the gateway and at the node."""
@@ -59,6 +60,16 @@ def admit(request: Request, desk: Desk, offered: Mapping[str, Collection[str]]) 
         return Failure(code="busy", message="all slots and queue places of the node are taken", retry_after_ms=BUSY_RETRY_AFTER_MS)
     if desk.bodies_bytes + request.body_bytes > BODIES_BYTES_MAX:
         return Failure(code="busy", message="the node holds too many request bodies", retry_after_ms=BUSY_RETRY_AFTER_MS)
+    return None
+
+
+def terms(request: Request, *, model_digest: str, asked: Collection[Price]) -> Failure | None:
+    """None if the call is made for the weights that the node has, and for a price that it asks now or asked a moment ago."""
+    if request.model_digest != model_digest:
+        return Failure(code="model_not_here", message="the node has other weights under this name by now")
+    paid = msgspec.structs.astuple(request.price)
+    if not any(all(a >= b for a, b in zip(paid, msgspec.structs.astuple(price), strict=True)) for price in asked):
+        return Failure(code="price_changed", message="the node asks more than this by now")
     return None
 
 

@@ -14,7 +14,7 @@ CARD_LIFE_MS = 24 * 3_600_000
 CARD_LIFE_MAX_MS = CARD_LIFE_MS + 3_600_000
 """No card is believed that lives longer. The hour is for clocks that disagree."""
 
-Reason = Literal["signature", "expired", "life", "replayed", "organisation", "region"]
+Reason = Literal["signature", "expired", "life", "replayed", "organisation", "region", "unsealed"]
 """Why a card is refused, as it is counted."""
 REASONS: tuple[Reason, ...] = get_args(Reason)
 
@@ -25,16 +25,18 @@ TEXTS: dict[Reason, str] = {
     "replayed": "it is older than the one that is known, or says something else under the same number",
     "organisation": "it names another organisation than the one that the node was let in for",
     "region": "the node can't be where it says",
+    "unsealed": "it brings no key to which calls could be sealed; update the node",
 }
 
 
 def why_card_refused(
-    card: Card, known: Card | None, *, verifies: bool, now_ms: int, org_id: OrgId | None = None, possible: bool = True
+    card: Card, known: Card | None, *, verifies: bool, now_ms: int, org_id: OrgId | None = None, possible: bool = True, seals: bool = True
 ) -> Reason | None:
     """Why a card isn't believed, or None. `now_ms` is UTC.
 
-    `known` is the card that is believed now, `org_id` whom the hub let the node in for (None: not known here), and `possible` whether
-    the node can be in the card's region. The signature comes first: without it, nothing else is the node's word.
+    `known` is the card that is believed now, `org_id` whom the hub let the node in for (None: not known here), `possible` whether the
+    node can be in the card's region, and `seals` whether it brought a KEM key. The signature comes first: without it, nothing else is the
+    node's word.
     """
     if not verifies:
         return "signature"
@@ -46,7 +48,9 @@ def why_card_refused(
         return "replayed"
     if org_id is not None and card.org_id != org_id:
         return "organisation"
-    return None if possible else "region"
+    if not possible:
+        return "region"
+    return None if seals else "unsealed"
 
 
 def is_expired(card: Card, *, now_ms: int) -> bool:

@@ -84,6 +84,7 @@ def needs_of(asked: Asked, policy: Policy, *, now_ms: int) -> Needs | Failure:
         countries=asked.countries or policy.countries,
         hardware=asked.hardware or policy.hardware,
         isolation=None if isolation == "none" else isolation,
+        privacy=policy.privacy,
     )
 
 

@@ -6,7 +6,7 @@ import msgspec
 from msgspec.structs import replace
 
 from fallow.model.errors import Failure
-from fallow.model.messages import Accepted, Alive, Final, Head, Part
+from fallow.model.messages import Accepted, Alive, Final, Head, Lost, Part, Unopened
 from fallow.model.receipt import Usage
 
 ACCEPT_MS = 1_000
@@ -35,10 +35,15 @@ class Relay(msgspec.Struct, frozen=True, kw_only=True):
     next_index: int = 0
     keeps: bool = False
     pinged_at_ms: int = 0
+    asked_again: bool = False
 
     @property
     def started(self) -> bool:
         return self.next_index > 0 and not self.keeps
+
+
+class Asked(msgspec.Struct, frozen=True):
+    """The request left only now: a session with the node had to be opened first."""
 
 
 class Unheard(msgspec.Struct, frozen=True):
@@ -94,8 +99,12 @@ class Ask(msgspec.Struct, frozen=True):
     """Ask the node whether it is still there."""
 
 
-Event = Accepted | Alive | Part | Final | Unheard | Tick | Broken | CallerLeft | BusLost
-Effect = Deliver | Finish | Fail | Stop | Ask
+class Again(msgspec.Struct, frozen=True):
+    """Send the request once more, under a new session."""
+
+
+Event = Asked | Accepted | Alive | Part | Final | Unheard | Unopened | Lost | Tick | Broken | CallerLeft | BusLost
+Effect = Deliver | Finish | Fail | Stop | Ask | Again
 
 
 def ask(*, now_ms: int, first_token_in_ms: int, keeps: bool, load_wait_ms: int = 0) -> Relay:
@@ -107,8 +116,14 @@ def ask(*, now_ms: int, first_token_in_ms: int, keeps: bool, load_wait_ms: int =
 def step(relay: Relay, event: Event, *, now_ms: int) -> tuple[Relay, tuple[Effect, ...]]:
     """What an event does to an attempt."""
     match relay.phase, event:
-        case "done", Accepted() | Alive() | Part() | Final() | Unheard() | Tick() | Broken() | CallerLeft() | BusLost():
+        case "done", _:
             return relay, ()  # late parts of a dead attempt
+        case "asked", Asked():
+            return replace(relay, heard_at_ms=now_ms), ()
+        case "asked", Unopened():
+            return _reopen(relay, event, now_ms)
+        case "accepted" | "answering", Asked() | Unopened():
+            return relay, ()  # it was opened; anybody on the way could say that it wasn't
         case "asked" | "accepted", Accepted() | Alive():
             return replace(relay, phase="accepted", heard_at_ms=now_ms), ()
         case "answering", Accepted() | Alive():
@@ -119,6 +134,8 @@ def step(relay: Relay, event: Event, *, now_ms: int) -> tuple[Relay, tuple[Effec
             return _end(relay, event, now_ms)
         case "asked" | "accepted" | "answering", Unheard():
             return _fail(relay, "node_unreachable", "the node left the network")
+        case "asked" | "accepted" | "answering", Lost():
+            return _fail(relay, "attempt_lost", "the node doesn't know this attempt any more")
         case "asked" | "accepted" | "answering", BusLost() | Broken():
             return _fail(relay, event.code, event.message)
         case "asked" | "accepted" | "answering", CallerLeft():
@@ -128,6 +145,13 @@ def step(relay: Relay, event: Event, *, now_ms: int) -> tuple[Relay, tuple[Effec
         case "accepted" | "answering", Tick():
             return _overdue(relay, now_ms, SILENCE_MS)
     raise AssertionError(f"{relay.phase} {event}")
+
+
+def _reopen(relay: Relay, unopened: Unopened, now_ms: int) -> tuple[Relay, tuple[Effect, ...]]:
+    """A node that started anew knows no sessions: once, the request is sent under a new one."""
+    if relay.asked_again or unopened.reason == "not_vouched":
+        return _fail(relay, "not_opened", f"the node could not open the call ({unopened.reason})")
+    return replace(relay, heard_at_ms=now_ms, asked_again=True), (Again(),)
 
 
 def _take(relay: Relay, part: Part | Final, now_ms: int) -> tuple[Relay, tuple[Effect, ...]]:

@@ -24,6 +24,8 @@ NODE_FAULTS = frozenset(
         "model_not_here",
         "lender_refuses",
         "broker_lost",
+        "not_opened",
+        "price_changed",
         "cannot_continue",
     }
 )

@@ -8,7 +8,7 @@ from msgspec.structs import replace
 
 from fallow.model.card import Card
 from fallow.model.ids import NodeId
-from fallow.model.messages import Heartbeat, NodeState
+from fallow.model.messages import Heartbeat, KemKey, NodeState
 from fallow.model.offer import Load, Offer
 
 BEAT_MS = 2_000
@@ -37,6 +37,7 @@ class Member(msgspec.Struct, frozen=True, kw_only=True):
     offers: tuple[Offer, ...] = ()
     loads: tuple[Load, ...] = ()
     doubted: bool = False
+    kem: KemKey | None = None
 
 
 def hear(member: Member | None, beat: Heartbeat, *, now_ms: int) -> Member:
@@ -47,7 +48,9 @@ def hear(member: Member | None, beat: Heartbeat, *, now_ms: int) -> Member:
     card, offers = (beat.card, beat.offers or ()) if beat.card is not None else (known.card, known.offers)
     if card is not None and card.sequence != beat.card_sequence:
         card, offers = None, ()  # it changed while we weren't listening
-    return Member(sequence=beat.sequence, heard_at_ms=now_ms, state=beat.state, card=card, offers=offers, loads=beat.loads)
+    return Member(
+        sequence=beat.sequence, heard_at_ms=now_ms, state=beat.state, card=card, offers=offers, loads=beat.loads, kem=beat.kem or known.kem
+    )
 
 
 def is_consistent(beat: Heartbeat) -> bool:

@@ -35,15 +35,12 @@ FAULTS = frozenset(
         "node_unreachable",
         "node_silent",
         "node_too_slow",
-        "attempt_lost",
-        "answer_gap",
         "answer_malformed",
-        "body_lost",
         "engine_failed",
         "engine_stalled",
     }
 )
-"""The failures that count against a node. All others are the call's, the caller's, the gateway's, or a node's good right."""
+"""The failures that count against a node. All others are the call's, the caller's, the gateway's, the way's, or a node's good right."""
 
 Access = Literal["open", "probe", "closed"]
 """Who may be sent to a node: any call; one call, to see whether it has mended; none."""

@@ -20,6 +20,7 @@ import msgspec
 import psutil
 
 from fallow.adapters.confinement import Confinement
+from fallow.adapters.private_memory import keep_private
 
 try:
     import landlock
@@ -43,7 +44,7 @@ NEEDED = (
 )  # fmt: skip
 """What the loader, libraries and thread pools read, besides Python itself. Not the time zone: engines give the same answer everywhere."""
 
-PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS, PR_CAP_AMBIENT = 4, 22, 24, 38, 47
+PR_SET_SECCOMP, PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS, PR_CAP_AMBIENT = 22, 24, 38, 47
 PR_CAP_AMBIENT_CLEAR_ALL = 4
 SECCOMP_MODE_FILTER = 2
 CAPABILITIES_VERSION = 0x2008_0522
@@ -113,8 +114,8 @@ def lower_group() -> None:
 
 
 def limit(how: Confinement) -> None:
-    """No core dumps, which hold prompts; a bound on memory. In a jail also no file may be written, and few opened."""
-    _limit(resource.RLIMIT_CORE, 0)
+    """Nobody else reads our memory, where prompts are; a bound on its size. In a jail also no file may be written, and few opened."""
+    keep_private()
     if how.memory_bytes and sys.platform == "linux":
         _limit(resource.RLIMIT_DATA, how.memory_bytes + SPARE_BYTES)
     if how.level == "none":
@@ -133,8 +134,7 @@ def _limit(which: int, value: int) -> None:
 
 
 def drop_rights(libc: ctypes.CDLL) -> None:
-    """No capability, now or ever again; nobody of this user may look into our memory."""
-    _checked(libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0))
+    """No capability, now or ever again."""
     for capability in range(CAPABILITIES_MAX):
         if libc.prctl(PR_CAPBSET_DROP, capability, 0, 0, 0) != 0:
             break  # past the last one, or a user who never had any

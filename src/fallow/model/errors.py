@@ -1,6 +1,6 @@
 """Everything that can go wrong, each under a public code that never changes."""
 
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import msgspec
 
@@ -123,6 +123,33 @@ class WireError(FallowError):
     """Bytes from outside that aren't what the protocol says."""
 
     code = "wire_error"
+
+
+UnopenedReason = Literal["altered", "replayed", "no_session", "no_key", "not_vouched"]
+"""Why something sealed isn't taken: altered, or not for us; there before; of a session, or for a KEM key, that isn't known (any more);
+from a gateway that nobody vouches for."""
+
+
+class NotOpened(WireError):
+    """Something sealed can't be opened."""
+
+    code = "not_opened"
+
+    def __init__(self, message: str, *, reason: UnopenedReason = "altered") -> None:
+        super().__init__(message)
+        self.reason: UnopenedReason = reason
+
+
+class NodeUnreachable(FallowError):
+    """Nobody listens at the node's subject."""
+
+    code = "node_unreachable"
+
+
+class NodeSilent(FallowError):
+    """The node doesn't answer."""
+
+    code = "node_silent"
 
 
 class BadSetting(FallowError):

@@ -1,7 +1,8 @@
 """What travels between gateways, nodes and hubs. The subject table says which of these goes where.
 
 Messages are arrays on the wire: a newer minor version may add fields at the end, and an older reader ignores them.
-`seal` and `signature` are room for what a later version puts there; they are empty today.
+What gateways and nodes say of a call is sealed (`wire/seal.py`): a `Request` travels within a `SealedRequest`, and `BodyPart`, `Part`
+and `Final` within a `Sealed`. Only what says nothing of the call's content goes in the open.
 """
 
 from typing import Annotated, Literal
@@ -11,9 +12,9 @@ from msgspec import Meta
 
 from fallow.model.call import Grant
 from fallow.model.card import Card
-from fallow.model.errors import Failure
+from fallow.model.errors import Failure, UnopenedReason
 from fallow.model.ids import AttemptId, CallId, GatewayId, KeyId, NodeId, OrgId
-from fallow.model.needs import COUNTRY_UNKNOWN, HardwareKind
+from fallow.model.needs import COUNTRY_UNKNOWN, HardwareKind, Privacy
 from fallow.model.offer import Load, ModelName, Offer, Price
 from fallow.model.owner import State
 from fallow.model.receipt import Usage
@@ -29,6 +30,9 @@ PIECES_MAX = 16_384
 LOAD_WAIT_MS_MAX = 600_000
 """The longest that a call may wait for its model to be loaded."""
 NodeState = State
+TOKENS_MAX = 32_768
+"""Numbers of tokens that an answer's last message carries; a longer answer carries none. They take up to five bytes each."""
+TokenId = Annotated[int, Meta(ge=0, lt=2**32)]
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
@@ -41,7 +45,8 @@ class Request(Message, frozen=True, kw_only=True, array_like=True, tag=1):
     `body_bytes` is the whole body's size; what `body` lacks follows as `BodyPart`s. `load_wait_ms` is how long the caller
     is willing to wait for the model to be loaded; None if nothing was said of it. `made_at_s` is when the call came, in UTC
     seconds: all attempts of a call say the same of themselves. `delivered` are the pieces of text that the caller has already
-    from an attempt that broke off, to be continued; None for an answer from the beginning.
+    from an attempt that broke off, to be continued; None for an answer from the beginning. `model_digest` and `price` are the offer's
+    that the gateway chose, and `cost_max_micro` the most that the call may cost by it: the node refuses what it doesn't offer any more.
     """
 
     attempt_id: AttemptId
@@ -54,12 +59,14 @@ class Request(Message, frozen=True, kw_only=True, array_like=True, tag=1):
     stream: bool
     body_bytes: int
     body: bytes
-    seal: bytes = b""
-    signature: bytes = b""
     load_wait_ms: Annotated[int, Meta(ge=0, le=LOAD_WAIT_MS_MAX)] | None = None
     country: str = COUNTRY_UNKNOWN
     made_at_s: Annotated[int, Meta(ge=0, le=2**40)] = 0
     delivered: Annotated[tuple[str, ...], Meta(max_length=PIECES_MAX)] | None = None
+    model_digest: Annotated[str, Meta(max_length=128)] = ""
+    price: Price = Price()
+    cost_max_micro: Annotated[int, Meta(ge=0, le=2**60)] = 0
+    privacy: Privacy = "plain"
 
 
 class BodyPart(Message, frozen=True, kw_only=True, array_like=True, tag=2):
@@ -67,7 +74,6 @@ class BodyPart(Message, frozen=True, kw_only=True, array_like=True, tag=2):
 
     offset: int
     data: bytes
-    seal: bytes = b""
 
 
 class Cancel(Message, frozen=True, kw_only=True, array_like=True, tag=3):
@@ -114,27 +120,42 @@ class Part(Message, frozen=True, kw_only=True, array_like=True, tag=8):
     index: int
     data: bytes
     head: Head | None = None
-    seal: bytes = b""
 
 
 class Final(Message, frozen=True, kw_only=True, array_like=True, tag=9):
-    """Node to gateway: the last piece of the answer, or why there is none. An answer without it was cut off."""
+    """Node to gateway: the last piece of the answer, or why there is none. An answer without it was cut off.
+
+    `tokens` are what the engine wrote, as its own numbers, if it tells them. `digest` commits to all of the answer (`wire/commitment.py`).
+    """
 
     index: int
     data: bytes = b""
     head: Head | None = None
     usage: Usage | None = None
     failure: Failure | None = None
-    seal: bytes = b""
-    signature: bytes = b""
+    tokens: Annotated[tuple[TokenId, ...], Meta(max_length=TOKENS_MAX)] = ()
+    digest: Annotated[bytes, Meta(max_length=32)] = b""
 
 
 class Alive(Message, frozen=True, kw_only=True, array_like=True, tag=10):
     """Node to gateway: still at it. Node to hub: the echo that you asked for."""
 
 
+SuiteName = Literal["mlkem768-x25519", "x25519"]
+"""How a session's secret is sealed: HPKE (RFC 9180) with this KEM. The first withstands quantum computers, if ML-KEM-768 does."""
+
+
+class KemKey(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
+    """The key to which gateways seal a session's secret, signed by the node's own key. Only the node's memory has its other half."""
+
+    suite: SuiteName
+    public_key: Annotated[bytes, Meta(min_length=32, max_length=1_216)]
+    expires_at_s: Annotated[int, Meta(ge=0, le=2**40)]
+    signature: Annotated[bytes, Meta(max_length=64)] = b""
+
+
 class Heartbeat(Message, frozen=True, kw_only=True, array_like=True, tag=11):
-    """Node to everyone: I live. `card` and `offers` come along when they changed or somebody asked."""
+    """Node to everyone: I live. `card`, `offers` and `kem` come along when they changed or somebody asked."""
 
     node_id: NodeId
     sequence: int
@@ -143,7 +164,7 @@ class Heartbeat(Message, frozen=True, kw_only=True, array_like=True, tag=11):
     loads: Annotated[tuple[Load, ...], Meta(max_length=OFFERS_MAX)]
     card: Card | None = None
     offers: Annotated[tuple[Offer, ...], Meta(max_length=OFFERS_MAX)] | None = None
-    signature: bytes = b""
+    kem: KemKey | None = None
 
 
 class KeyQuery(Message, frozen=True, kw_only=True, array_like=True, tag=12):
@@ -153,9 +174,13 @@ class KeyQuery(Message, frozen=True, kw_only=True, array_like=True, tag=12):
 
 
 class KeyAnswer(Message, frozen=True, kw_only=True, array_like=True, tag=13):
-    """Hub to gateway: what the key allows, or nothing if nobody knows it."""
+    """Hub to gateway: what the key allows, or nothing if nobody knows it.
+
+    `elsewhere`: the key is of an organisation for whose callers this gateway doesn't speak.
+    """
 
     grant: Grant | None = None
+    elsewhere: bool = False
 
 
 class Hold(Message, frozen=True, kw_only=True, array_like=True, tag=14):
@@ -248,6 +273,7 @@ class Enrolled(Message, frozen=True, kw_only=True, array_like=True, tag=21):
     """Hub to guest, node or gateway: your credential for the broker until `expires_at_s` (UTC), or why there is none.
 
     `membership` says so long that the key belongs to `org_id`, signed by `authority`, the key that all of this hub's members trust.
+    `hub_org_id` is whose the hub is: gateways of that organisation speak for the callers of all.
     """
 
     credential: Annotated[str, Meta(max_length=CREDENTIAL_MAX)] = ""
@@ -256,6 +282,7 @@ class Enrolled(Message, frozen=True, kw_only=True, array_like=True, tag=21):
     failure: Failure | None = None
     membership: Annotated[bytes, Meta(max_length=64)] = b""
     authority: Annotated[str, Meta(max_length=64)] = ""
+    hub_org_id: OrgId = OrgId("")
 
 
 class Renew(Message, frozen=True, kw_only=True, array_like=True, tag=22):
@@ -312,6 +339,60 @@ class SpentAnswer(Message, frozen=True, kw_only=True, array_like=True, tag=26):
     keys: Annotated[tuple[KeySpent, ...], Meta(max_length=SPENT_KEYS_MAX)]
 
 
-ToNode = Cancel | Credit | Lease | Introduce | Ping
+SessionName = Annotated[bytes, Meta(min_length=16, max_length=16)]
+Share = Annotated[bytes, Meta(min_length=32, max_length=32)]
+
+
+class Hello(Message, frozen=True, kw_only=True, array_like=True, tag=28):
+    """Gateway to node: let us open a session. `kid` names the node's KEM key, to which `box` is sealed.
+
+    `membership` is the hub's word that the gateway is of `org_id`, as in a card; `signature` is the gateway's own.
+    """
+
+    gateway_id: GatewayId
+    org_id: OrgId
+    member_until_s: Annotated[int, Meta(ge=0, le=2**40)] = 0
+    membership: Annotated[bytes, Meta(max_length=64)] = b""
+    session: Annotated[bytes, Meta(max_length=16)] = b""
+    kid: Annotated[bytes, Meta(max_length=8)] = b""
+    box: Annotated[bytes, Meta(max_length=2_048)] = b""
+    signature: Annotated[bytes, Meta(max_length=64)] = b""
+
+
+class Welcome(Message, frozen=True, kw_only=True, array_like=True, tag=29):
+    """Node to gateway: the session is open. `confirm` shows that the node could open the hello."""
+
+    share: Share
+    confirm: Share
+
+
+class SealedRequest(Message, frozen=True, kw_only=True, array_like=True, tag=30):
+    """Gateway to node: a `Request`, as the call with this number of a session."""
+
+    session: SessionName
+    number: Annotated[int, Meta(ge=0, le=2**32)]
+    box: bytes
+
+
+class Sealed(Message, frozen=True, kw_only=True, array_like=True, tag=31):
+    """Either way, in an attempt: a `BodyPart`, `Part`, `Final` or `Alive`. `index` counts within a direction; the request is 0."""
+
+    index: Annotated[int, Meta(ge=0, le=2**32)]
+    box: bytes
+
+
+class Unopened(Message, frozen=True, kw_only=True, array_like=True, tag=32):
+    """Node to gateway: what you sent can't be opened. It is said in the open, so it proves nothing against anybody."""
+
+    reason: UnopenedReason
+
+
+class Lost(Message, frozen=True, kw_only=True, array_like=True, tag=33):
+    """Node to gateway: I don't know the attempt that you asked for any more."""
+
+
+ToNode = Cancel | Credit | Lease | Introduce | Ping | Hello
 FromHub = Hold | Introduce | Ping
-ToGateway = Accepted | Part | Final | Alive | Credit
+ToGateway = Accepted | Sealed | Alive | Credit | Welcome | Unopened | Lost
+Inner = Part | Final | Alive
+"""What a node seals."""

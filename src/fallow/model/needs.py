@@ -8,7 +8,9 @@ from fallow.model.ids import OrgId
 
 Ring = Literal["own", "partner", "market"]
 ServiceTier = Literal["flex", "default", "priority"]
-Privacy = Literal["plain", "padded"]
+Privacy = Literal["plain", "padded", "whole"]
+"""What the way an answer travels may tell whoever watches it. `plain` hides the content; `padded` also rounds sizes up, and sends ten times
+a second at most; `whole` also sends the answer in one go when it is complete."""
 HardwareKind = Literal["cpu", "gpu"]
 Isolation = Literal["none", "landlock", "bwrap"]
 Prefer = Literal["cheap", "fast"]
@@ -59,3 +61,4 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True):
     prefer: Prefer = "cheap"
     cost_max_micro: int | None = None
     price_max_micro_per_munit: int | None = None
+    privacy: Privacy = "plain"

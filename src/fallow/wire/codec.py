@@ -6,11 +6,14 @@ import msgspec
 
 from fallow.core.roster import is_consistent
 from fallow.model import messages as m
-from fallow.model.errors import WireError
+from fallow.model.errors import Failure, WireError
 from fallow.wire import subjects
 from fallow.wire.subjects import PAYLOAD_BYTES_MAX
 
-MAJOR = 1
+MAJOR = 2
+"""Version 1 didn't seal: nothing of it is understood any more, and who speaks it is told so."""
+UNSEALED_MAJOR = 1
+_UNSEALED_FINAL = 9
 _PREFIX = bytes([MAJOR])
 
 T = TypeVar("T")
@@ -24,6 +27,11 @@ def encode(message: m.Message) -> bytes:
     if len(data) > PAYLOAD_BYTES_MAX:
         raise WireError(f"a message of {len(data)} bytes is over the broker's {PAYLOAD_BYTES_MAX}")
     return data
+
+
+def unsealed_refusal(failure: Failure) -> bytes:
+    """A refusal of a request as gateways of version 1 read it, in the open."""
+    return bytes([UNSEALED_MAJOR]) + _encoder.encode([_UNSEALED_FINAL, 0, b"", None, None, failure])
 
 
 class Reader(Generic[T]):
@@ -49,8 +57,8 @@ class Reader(Generic[T]):
 # A union type isn't a `type[...]` to the checker, though msgspec takes it.
 to_node: Reader[m.ToNode] = Reader(m.ToNode, subjects.CONTROL)  # type: ignore[arg-type]
 to_gateway: Reader[m.ToGateway] = Reader(m.ToGateway, subjects.ANSWER)  # type: ignore[arg-type]
-request = Reader(m.Request, subjects.REQUEST)
-body_part = Reader(m.BodyPart, subjects.BODY)
+sealed_request = Reader(m.SealedRequest, subjects.REQUEST)
+sealed_body = Reader(m.Sealed, subjects.BODY)
 heartbeat = Reader(m.Heartbeat, subjects.HEARTBEAT)
 key_query = Reader(m.KeyQuery, subjects.KEY)
 key_answer = Reader(m.KeyAnswer, subjects.KEY)
@@ -60,6 +68,10 @@ from_hub: Reader[m.FromHub] = Reader(m.FromHub, subjects.HOLD)  # type: ignore[a
 echo = Reader(m.Alive, subjects.ECHO)
 keys_changed = Reader(m.KeysChanged, subjects.CHANGED)
 put_out = Reader(m.PutOut, subjects.BANNED)
+request = Reader(m.Request, subjects.REQUEST)
+body_part = Reader(m.BodyPart, subjects.BODY)
+inner: Reader[m.Inner] = Reader(m.Inner, subjects.ANSWER)  # type: ignore[arg-type]
+"""These three are what was sealed."""
 enrol = Reader(m.Enrol, subjects.ENROL)
 enrolled = Reader(m.Enrolled, subjects.ENROL)
 renew = Reader(m.Renew, subjects.RENEW_NODE)

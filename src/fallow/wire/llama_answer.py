@@ -6,6 +6,7 @@ from typing import Any
 import msgspec
 
 from fallow.model.errors import EngineFailed, Failure, WireError
+from fallow.model.messages import TokenId
 from fallow.model.receipt import Tokens, Usage
 from fallow.wire import sse
 from fallow.wire.generation import Alternative, Ended, Event, Reasoning, Text, Token
@@ -40,6 +41,7 @@ class _Top(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class _Logprob(_Top, frozen=True, kw_only=True):
+    id: TokenId | None = None
     top_logprobs: list[_Top] = []
 
 
@@ -83,6 +85,8 @@ class EngineStream:
         self.usage: Usage | None = None
         self.timed = Usage()
         self.is_whole = False
+        self.token_ids: list[int] = []
+        """What was written, as the engine's own numbers; it tells them with log probabilities only."""
 
     def feed(self, chunk: bytes) -> list[Event]:
         """The events that a piece of the stream completes; raises EngineFailed if the engine says that it failed."""
@@ -130,6 +134,7 @@ class EngineStream:
     def _tokens(self, logprobs: _Logprobs | None) -> tuple[Token, ...]:
         if self._top is None or logprobs is None:
             return ()
+        self.token_ids += [one.id for one in logprobs.content or () if one.id is not None]
         return tuple(_token(one, self._top) for one in logprobs.content or ())
 
 

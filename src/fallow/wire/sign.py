@@ -1,4 +1,4 @@
-"""The exact bytes that keys sign: cards by nodes, memberships by the hub, requests to enrol by who asks, agreements by both sides.
+"""The exact bytes that keys sign: cards and KEM keys by nodes, memberships by the hub, requests to enrol by who asks, agreements by both.
 
 What is signed is a domain, so that no signature of one kind is good for another, and MessagePack of the value's fields by name, in the
 order of their names, with sets sorted, without signatures and without optional fields that are at their defaults. Cards travel as plain
@@ -14,16 +14,19 @@ import msgspec
 
 from fallow.model.card import Card
 from fallow.model.identity import Agreement
-from fallow.model.ids import OrgId
-from fallow.model.messages import Enrol
+from fallow.model.ids import NodeId, OrgId
+from fallow.model.messages import Enrol, KemKey
 from fallow.wire.nkey_text import verifies
 
 CARD = b"fallow/card/v1\0"
 MEMBER = b"fallow/member/v1\0"
+KEM = b"fallow/kem/v1\0"
 ENROL = b"fallow/enrol/v1\0"
 AGREEMENT = b"fallow/agreement/v1\0"
 CLOCKS_S = 1_500
 """A membership counts so long after its end: two clocks of which each is ten minutes wrong are up to twenty apart."""
+KEM_S_MAX = 20 * 60
+"""The longest that a KEM key may be good for."""
 NODE_KIND = "U"
 """The first letter of a node's key. An organisation's or an operator's key signs no cards."""
 
@@ -60,9 +63,24 @@ def member_bytes(public_key: str, org_id: OrgId, until_s: int) -> bytes:
 
 def vouched_org(card: Card, authority: str, *, now_s: int) -> OrgId:
     """The organisation that the node belongs to as its hub says, whose key is `authority`; empty if it says nothing that holds now."""
-    said = member_bytes(card.node_id, card.org_id, card.member_until_s)
-    holds = now_s <= card.member_until_s + CLOCKS_S and verifies(authority, said, card.membership)
+    holds = is_vouched(card.node_id, card.org_id, card.member_until_s, card.membership, authority, now_s=now_s)
     return card.org_id if holds else OrgId("")
+
+
+def is_vouched(public_key: str, org_id: OrgId, until_s: int, membership: bytes, authority: str, *, now_s: int) -> bool:
+    """Whether the hub whose key is `authority` says that this key is of the organisation now."""
+    return now_s <= until_s + CLOCKS_S and verifies(authority, member_bytes(public_key, org_id, until_s), membership)
+
+
+def kem_bytes(node_id: NodeId, kem: KemKey) -> bytes:
+    """What a node signs of its KEM key."""
+    return KEM + _encoder.encode([node_id, kem.suite, kem.public_key, kem.expires_at_s])
+
+
+def kem_verifies(node_id: NodeId, kem: KemKey, *, now_s: int) -> bool:
+    """Whether the node has signed this KEM key, and it is still good: who had a node's key for a moment can't speak for it for years."""
+    lasts = -CLOCKS_S <= kem.expires_at_s - now_s <= KEM_S_MAX + CLOCKS_S
+    return lasts and node_id.startswith(NODE_KIND) and verifies(node_id, kem_bytes(node_id, kem), kem.signature)
 
 
 def enrol_bytes(enrol: Enrol) -> bytes:

@@ -15,7 +15,7 @@ Role = Literal["gateway", "node", "hub", "guest"]
 PAYLOAD_BYTES_MAX = 256 * 1024
 """What the broker carries in one message."""
 PART_BYTES_MAX = 192 * 1024
-"""What we put into one; the rest is room for the envelope, a seal and a signature."""
+"""What we put into one; the rest is room for what goes with it, sealing and rounding up."""
 _PLACE = re.compile(r"\{[a-z]+\}")
 
 
@@ -43,24 +43,29 @@ class Subject(msgspec.Struct, frozen=True, kw_only=True):
         return _PLACE.sub("*", self.template.replace(f"{{{role}}}", id))
 
 
-REQUEST = Subject(template="n.{node}.req", sender="gateway", receivers=("node",), carries=(m.Request,))
-BODY = Subject(template="n.{node}.body.{attempt}", sender="gateway", receivers=("node",), carries=(m.BodyPart,))
+REQUEST = Subject(template="n.{node}.req", sender="gateway", receivers=("node",), carries=(m.SealedRequest,))
+BODY = Subject(template="n.{node}.body.{attempt}", sender="gateway", receivers=("node",), carries=(m.Sealed,))
 CONTROL = Subject(
     template="n.{node}.ctl",
     sender="gateway",
     receivers=("node",),
-    carries=(m.Cancel, m.Credit, m.Lease, m.Introduce, m.Ping),
+    carries=(m.Cancel, m.Credit, m.Lease, m.Introduce, m.Ping, m.Hello),
     payload_bytes_max=64 * 1024,
 )
 ANSWER = Subject(
     template="rsp.{gateway}.{node}.{attempt}",
     sender="node",
     receivers=("gateway",),
-    carries=(m.Accepted, m.Part, m.Final, m.Alive, m.Credit),
+    carries=(m.Accepted, m.Sealed, m.Alive, m.Credit, m.Welcome, m.Unopened, m.Lost),
 )
 HEARTBEAT = Subject(template="hb.{node}", sender="node", receivers=("gateway", "hub"), carries=(m.Heartbeat,), payload_bytes_max=64 * 1024)
 KEY = Subject(
-    template="hub.key", sender="gateway", receivers=("hub",), carries=(m.KeyQuery, m.KeyAnswer), payload_bytes_max=16 * 1024, is_asked=True
+    template="hub.key.{gateway}",
+    sender="gateway",
+    receivers=("hub",),
+    carries=(m.KeyQuery, m.KeyAnswer),
+    payload_bytes_max=16 * 1024,
+    is_asked=True,
 )
 SPENT = Subject(
     template="hub.spent.{gateway}",
@@ -164,6 +169,11 @@ def answers(gateway: GatewayId) -> str:
 
 def heartbeat(node: NodeId) -> str:
     return f"hb.{token(node)}"
+
+
+def key(gateway: GatewayId) -> str:
+    """Where a gateway asks the hub whose an API key is."""
+    return KEY.of("gateway", token(gateway))
 
 
 def spent(gateway: GatewayId) -> str:

@@ -7,8 +7,9 @@ from typing import NamedTuple, Protocol
 
 import msgspec
 
+from fallow.apps.gateway.conversation import Conversation
 from fallow.apps.gateway.delivery import MOVED, Delivery
-from fallow.apps.gateway.exchange import Conversation, Exchange
+from fallow.apps.gateway.exchange import Exchange
 from fallow.apps.gateway.race import Race
 from fallow.apps.gateway.roster import Roster
 from fallow.core import relay
@@ -16,7 +17,7 @@ from fallow.model import messages as m
 from fallow.model.call import Attempt, Call
 from fallow.model.errors import BrokerLost, Failure
 from fallow.model.ids import AttemptId, NodeId
-from fallow.model.offer import Price
+from fallow.model.offer import Offer, Price
 from fallow.model.quote import Place
 from fallow.model.receipt import Usage
 from fallow.ports import Clock
@@ -55,13 +56,14 @@ class Caller(Protocol):
 
 
 class Origin(msgspec.Struct, frozen=True, kw_only=True):
-    """Where an answer comes from, why, and at what price."""
+    """Where an answer comes from, why, and at what price; `readers` can read it besides the caller."""
 
     node_id: NodeId
     hardware: str
     attempts: int
     place: Place
     price: Price
+    readers: str
 
 
 class Outcome(msgspec.Struct, frozen=True, kw_only=True):
@@ -107,7 +109,8 @@ class Attempts:
         market, model = self._roster.market, place.quote.model
         offer = market.offer(place.node_id, model)
         hardware, price = card.hardware.summary() if card else "", offer.price if offer else Price()
-        origin = Origin(node_id=place.node_id, hardware=hardware, attempts=number, place=place, price=price)
+        readers = self._exchange.sessions.asker.readers
+        origin = Origin(node_id=place.node_id, hardware=hardware, attempts=number, place=place, price=price, readers=readers)
         caller.trying(origin)
         loop = asyncio.get_running_loop()
         helpers: list[asyncio.Task[None]] = []
@@ -116,10 +119,8 @@ class Attempts:
         usage: Usage | None = None
         outcome = Outcome(left=True)  # as if cancelled
         try:
-            request = _request(call, model, attempt, body, caller.load_wait_ms, delivery.pieces() if delivery.has_begun else None)
-            await self._exchange.ask(conversation, request)
-            if len(body) > len(request.body):
-                helpers.append(self._spawn(self._send_rest(conversation, body, len(request.body))))
+            request = _request(call, place, offer, attempt, body, caller.load_wait_ms, delivery.pieces() if delivery.has_begun else None)
+            await self._ask(conversation, request, body)
             outcome = await self._relay(errand, conversation, origin, race)
             usage = outcome.usage
             return outcome
@@ -128,8 +129,9 @@ class Attempts:
             return outcome
         finally:
             watch.cancel()
-            for helper in helpers:
-                helper.cancel()
+            for helper in [*helpers, conversation.rest]:
+                if helper is not None:
+                    helper.cancel()
             promised_s, took_s = market.ended(attempt.id, call, usage, now_s=self._clock.now_ms() / 1000)
             left = outcome.left or outcome.lost
             self._roster.heard(place.node_id, outcome.failure, left=left, promised_s=promised_s, took_s=took_s)
@@ -137,9 +139,17 @@ class Attempts:
             if not conversation.is_over:  # we were cancelled
                 await self._exchange.tell(attempt, m.Cancel(attempt_id=attempt.id))
 
+    async def _ask(self, conversation: Conversation, request: m.Request, body: bytes) -> None:
+        """Send the call, and whatever of its body doesn't fit into the first message."""
+        await self._exchange.ask(conversation, request, body)
+        if conversation.rest is not None:
+            conversation.rest.cancel()
+        if len(body) > len(request.body) and not conversation.is_over:
+            conversation.rest = self._spawn(self._send_rest(conversation, body, len(request.body)))
+
     async def _relay(self, errand: Errand, conversation: Conversation, origin: Origin, race: Race) -> Outcome:
         """Carry out what the attempt's state asks for, until it is over."""
-        call, _, caller, delivery = errand
+        call, body, caller, delivery = errand
         held: list[bytes] = []
         head: m.Head | None = None
         while (effect := await conversation.next()) is not None:
@@ -168,6 +178,8 @@ class Attempts:
                     return Outcome(failure=failure, started=delivery.has_begun, attempts=origin.attempts, node_id=origin.node_id)
                 case relay.Stop():
                     await self._exchange.tell(conversation.attempt, m.Cancel(attempt_id=conversation.attempt.id))
+                case relay.Again() if conversation.request is not None:
+                    await self._ask(conversation, conversation.request, body)
                 case relay.Ask():
                     await self._exchange.tell(conversation.attempt, m.Ping(attempt_id=conversation.attempt.id))
         lost = race.winner not in (None, conversation)
@@ -197,7 +209,13 @@ class Attempts:
 
 
 def _request(
-    call: Call, model: str, attempt: Attempt, body: bytes, load_wait_ms: int | None, delivered: tuple[str, ...] | None
+    call: Call,
+    place: Place,
+    offer: Offer | None,
+    attempt: Attempt,
+    body: bytes,
+    load_wait_ms: int | None,
+    delivered: tuple[str, ...] | None,
 ) -> m.Request:
     room = subjects.PART_BYTES_MAX
     if delivered:
@@ -209,7 +227,7 @@ def _request(
         org_id=call.org_id,
         key_id=call.key_id,
         path=call.path,
-        model=model,
+        model=place.quote.model,
         stream=call.stream,
         body_bytes=len(body),
         body=body if len(body) <= room else body[: max(0, room)],
@@ -217,4 +235,8 @@ def _request(
         country=call.country,
         made_at_s=call.arrived_at_ms // 1000,
         delivered=delivered,
+        model_digest=offer.model_digest if offer else "",
+        price=offer.price if offer else Price(),
+        cost_max_micro=place.quote.cost_max_micro,
+        privacy=call.needs.privacy,
     )

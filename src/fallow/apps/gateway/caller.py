@@ -240,6 +240,7 @@ class HttpCaller:
             (b"fallow-node", origin.node_id.encode()),
             (b"fallow-hardware", origin.hardware.encode()),
             (b"fallow-ring", origin.place.quote.ring.encode()),
+            (b"fallow-readers", origin.readers.encode()),
             (b"fallow-cost-max", b"%.6f" % (origin.place.quote.cost_max_micro / MICRO)),
             (b"fallow-attempts", b"%d" % origin.attempts),
             (b"fallow-overhead-ms", b"%.2f" % max(0.0, self._overhead_us(head) / 1000)),

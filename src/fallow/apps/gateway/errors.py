@@ -48,6 +48,8 @@ TABLE: dict[str, Status] = {
     "engine_failed": Status(502, "server_error"),
     "engine_stalled": Status(502, "server_error"),
     "schema_not_met": Status(422, "invalid_request_error"),
+    "price_changed": Status(503, "server_error"),
+    "not_opened": Status(502, "server_error"),
     "answer_gap": Status(502, "server_error"),
     "answer_malformed": Status(502, "server_error"),
     "answer_too_long": Status(502, "server_error"),

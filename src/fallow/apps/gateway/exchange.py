@@ -2,14 +2,16 @@
 
 import asyncio
 import logging
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Awaitable, Callable
 
+from fallow.apps.gateway.conversation import Conversation, Unfit, Untaken
+from fallow.apps.gateway.sessions import Sessions
 from fallow.core import credit, relay
 from fallow.model import messages as m
 from fallow.model.call import Attempt
-from fallow.model.errors import BrokerLost, WireError
-from fallow.model.ids import AttemptId, GatewayId, NodeId
+from fallow.model.errors import BrokerLost, NodeSilent, NodeUnreachable, NotOpened, WireError
+from fallow.model.ids import AttemptId, NodeId
 from fallow.ports import Bus, Clock, Delivery, Hear
 from fallow.wire import codec, subjects
 
@@ -20,56 +22,20 @@ LEASE_ATTEMPTS_MAX = 1_000
 log = logging.getLogger("fallow.gateway")
 
 
-class Conversation:
-    """One attempt under way: its state, and what is still to be done for the caller."""
-
-    def __init__(self, attempt: Attempt, state: relay.Relay, clock: Clock) -> None:
-        self.attempt = attempt
-        self.relay = state
-        self._clock = clock
-        self._effects: deque[relay.Effect] = deque()
-        self._wake: asyncio.Future[None] | None = None
-        self.granted_bytes = credit.ANSWER_WINDOW_BYTES
-        self.taken_bytes = 0
-        self.received_bytes = 0
-        self.body_until = 0
-        self.body_room = asyncio.Event()
-
-    @property
-    def is_over(self) -> bool:
-        return self.relay.phase == "done"
-
-    def hear(self, event: relay.Event) -> None:
-        """Something happened to this attempt."""
-        self.relay, effects = relay.step(self.relay, event, now_ms=self._clock.now_ms())
-        if effects:
-            self._effects.extend(effects)
-        if (effects or self.relay.phase == "done") and self._wake is not None and not self._wake.done():
-            self._wake.set_result(None)
-
-    async def next(self) -> relay.Effect | None:
-        """The next thing to do; None when all is done. The caller must have taken what came before."""
-        while not self._effects:
-            if self.is_over:
-                return None
-            self._wake = asyncio.get_running_loop().create_future()
-            await self._wake
-        return self._effects.popleft()
-
-
-def nobody_counts(reason: str) -> None:
+def nobody_counts(reason: Untaken) -> None:
     """For who doesn't count."""
 
 
 class Exchange:
     """All attempts of this gateway that are under way."""
 
-    def __init__(self, gateway_id: GatewayId, bus: Bus, clock: Clock) -> None:
-        self.gateway_id = gateway_id
+    def __init__(self, bus: Bus, clock: Clock, sessions: Sessions) -> None:
+        self.gateway_id = sessions.asker.hello.gateway_id
         self._bus = bus
         self._clock = clock
+        self.sessions = sessions
         self._open: dict[str, Conversation] = {}
-        self.refused: Callable[[str], None] = nobody_counts
+        self.refused: Callable[[Untaken], None] = nobody_counts
         """Told why an answer was not taken."""
         self.on_other: Hear = lambda delivery: None
         """Hears what answers no attempt: echoes, and what comes too late."""
@@ -102,21 +68,39 @@ class Exchange:
     def under_way(self) -> int:
         return len(self._open)
 
-    async def ask(self, conversation: Conversation, request: m.Request) -> None:
-        """Send a request; the reply subject is the answer's, so that 'nobody listens there' comes to it as well."""
+    async def ask(self, conversation: Conversation, request: m.Request, body: bytes) -> None:
+        """Send a request, sealed; the reply subject is the answer's, so that 'nobody listens there' comes to it as well.
+
+        Raises BrokerLost. A node with which no session can be opened is heard of as an event.
+        """
         attempt = conversation.attempt
-        conversation.body_until = credit.BODY_WINDOW_BYTES
+        session = self.sessions.now(attempt.node_id)
+        if session is None:
+            try:
+                session = await self.sessions.ready(attempt.node_id)
+            except (NodeSilent, NodeUnreachable, WireError) as error:
+                return conversation.hear(relay.Broken(code=error.code, message=error.message))
+            conversation.hear(relay.Asked())
+        if conversation.is_over:
+            return
+        number, channel = session.call()
+        channel.pads = request.privacy != "plain"
+        conversation.asked(request, body, session.id, channel)
+        _, box = channel.seal(codec.encode(request))
+        sealed = m.SealedRequest(session=session.id, number=number, box=box)
         subject = subjects.answer(self.gateway_id, attempt.node_id, attempt.id)
-        await self._bus.publish(subjects.request(attempt.node_id), codec.encode(request), subject)
+        await self._bus.publish(subjects.request(attempt.node_id), codec.encode(sealed), subject)
 
     async def send_body(self, conversation: Conversation, body: bytes, start: int) -> None:
         """Send the rest of a body as the node grants it; returns when it is out or the attempt is over."""
-        attempt = conversation.attempt
+        attempt, channel = conversation.attempt, conversation.channel
+        assert channel is not None, "the body follows on the request"
         subject = subjects.body(attempt.node_id, attempt.id)
         while start < len(body) and not conversation.is_over:
             spans = credit.parts(len(body), start=start, until=conversation.body_until, part_max=subjects.PART_BYTES_MAX)
             for begin, end in spans:
-                await self._bus.publish(subject, codec.encode(m.BodyPart(offset=begin, data=body[begin:end])))
+                index, box = channel.seal(codec.encode(m.BodyPart(offset=begin, data=body[begin:end])))
+                await self._bus.publish(subject, codec.encode(m.Sealed(index=index, box=box)))
                 start = end
             while start < len(body) and start >= conversation.body_until and not conversation.is_over:
                 conversation.body_room.clear()
@@ -143,7 +127,8 @@ class Exchange:
     def _on_answer(self, delivery: Delivery) -> None:
         conversation = self._open.get(subjects.last_token(delivery.subject))
         if conversation is None:
-            self.on_other(delivery)
+            if not self.sessions.on_answer(delivery):
+                self.on_other(delivery)
             return
         if subjects.answering_node(delivery.subject) != conversation.attempt.node_id:
             self.refused("not_asked")
@@ -156,19 +141,24 @@ class Exchange:
         except WireError as error:
             log.warning("an answer can't be read: %s", error)
             self.refused("malformed")
-            conversation.hear(relay.Broken())
+            # It isn't sealed, so anybody on the way can have written it: nothing that counts against the node.
+            conversation.hear(relay.Broken(code=NotOpened.code, message="what came as the node's answer can't be read"))
             return
-        if isinstance(message, m.Part | m.Final):
-            conversation.received_bytes += len(message.data)
-            if conversation.received_bytes > conversation.granted_bytes + subjects.PART_BYTES_MAX:
-                self.refused("too_much")
-                conversation.hear(relay.Broken(message="the node sent more than it was granted"))
-                return
-        if isinstance(message, m.Credit):
-            conversation.body_until = max(conversation.body_until, message.until_bytes)
-            conversation.body_room.set()
-        else:
-            conversation.hear(message)
+        match message:
+            case m.Sealed():
+                try:
+                    conversation.take(message)
+                except Unfit as unfit:
+                    self.refused(unfit.reason)
+                    conversation.hear(unfit.event)
+            case m.Credit():
+                conversation.body_until = max(conversation.body_until, message.until_bytes)
+                conversation.body_room.set()
+            case m.Unopened():
+                self.sessions.forget(conversation.attempt.node_id, conversation.session)
+                conversation.hear(message)
+            case m.Accepted() | m.Alive() | m.Lost():
+                conversation.hear(message)
 
     def _on_unheard(self, node_id: NodeId) -> None:
         """What the broker says of one attempt's node is true for all of its attempts."""

@@ -259,7 +259,7 @@ class Api:
             key_id=grant.key_id,
             gateway_id=self._gateway_id,
             path=path,
-            stream=bool(head.stream),
+            stream=bool(head.stream) and needs.privacy != "whole",
             body_bytes=len(body),
             needs=needs,
             arrived_at_ms=arrived_at_ms,

@@ -10,6 +10,7 @@ from fallow.core.needs import NAMED_MAX
 from fallow.model import messages as m
 from fallow.model.call import Grant
 from fallow.model.errors import BrokerLost, Failure, InvalidApiKey, WireError, shortened
+from fallow.model.ids import GatewayId
 from fallow.ports import Bus, Clock, Delivery
 from fallow.wire import codec, subjects
 
@@ -21,7 +22,14 @@ LOOKUP_S = 2.0
 LOOKUP_TRIES = 3
 """How often a key is asked for anew because it changed while the hub answered."""
 KEY_BYTES_MAX = 256
-HOW = "give your API key as `Authorization: Bearer KEY` or as `x-api-key: KEY`; `fallow status` shows the key of this machine"
+HOW = (
+    "give your API key as `Authorization: Bearer KEY` or as `x-api-key: KEY`; `fallow status` shows that of the hub's machine, and "
+    "who keeps the hub makes others (`fallow keys create`)"
+)
+ELSEWHERE = (
+    "this API key is of another organisation than this gateway, which may not speak for it; call a gateway of that organisation's, or of "
+    "the one that runs the hub"
+)
 EXPIRED = "this API key has expired; whoever keeps the hub can give it more time (`fallow keys limit`) or make another"
 
 log = logging.getLogger("fallow.gateway")
@@ -31,6 +39,7 @@ class _Known(NamedTuple):
     """What the hub said, when, and how often all had been doubted by then."""
 
     grant: Grant | None
+    elsewhere: bool
     asked_at_ms: int
     doubts: int
 
@@ -38,7 +47,8 @@ class _Known(NamedTuple):
 class Keys:
     """The keys that this gateway has seen, by their SHA-256. Known ones go on working while the hub is away, until they expire."""
 
-    def __init__(self, bus: Bus, clock: Clock) -> None:
+    def __init__(self, gateway_id: GatewayId, bus: Bus, clock: Clock) -> None:
+        self._asks_at = subjects.key(gateway_id)
         self._bus = bus
         self._clock = clock
         self._known: OrderedDict[bytes, _Known] = OrderedDict()
@@ -68,6 +78,8 @@ class Keys:
         known = self._known.get(digest)
         if known is None or not self._is_fresh(known):
             known = await self._ask(digest)
+        if known.elsewhere:
+            raise InvalidApiKey(ELSEWHERE)
         if known.grant is None:
             raise InvalidApiKey("nobody knows this API key; it may have been revoked, or have expired")
         if self._has_expired(known.grant):
@@ -129,8 +141,9 @@ class Keys:
             self._outdated.discard(digest)
             doubts = self._doubts
             try:
-                answer = await self._bus.request(subjects.KEY.pattern, codec.encode(m.KeyQuery(key_digest=digest)), within_s=LOOKUP_S)
-                known = _Known(codec.key_answer.read(answer).grant, self._clock.now_ms(), doubts)
+                data = await self._bus.request(self._asks_at, codec.encode(m.KeyQuery(key_digest=digest)), within_s=LOOKUP_S)
+                answer = codec.key_answer.read(data)
+                known = _Known(answer.grant, answer.elsewhere, self._clock.now_ms(), doubts)
             except (BrokerLost, WireError):
                 return None
             if digest not in self._outdated and doubts == self._doubts:

@@ -25,12 +25,14 @@ from fallow.apps.gateway.metrics import Metrics
 from fallow.apps.gateway.prices import Prices
 from fallow.apps.gateway.roster import Roster
 from fallow.apps.gateway.server import listen, make_server
+from fallow.apps.gateway.sessions import Asker, KemVerifies, Sessions, kem_check
 from fallow.apps.gateway.spending import SpendingReports
 from fallow.apps.joining import Renewal, join
 from fallow.apps.run import GATEWAY_DRAIN_S, Stop, tell_draining, tell_ready
 from fallow.apps.settings import ADDRESS_FILE, Settings
 from fallow.core.relay import BusLost
 from fallow.model.ids import GatewayId
+from fallow.model.messages import Enrolled, Hello
 from fallow.model.needs import COUNTRY_UNKNOWN
 from fallow.ports import Bus, Clock
 from fallow.wire.invitation import Invitation
@@ -42,21 +44,24 @@ class Gateway:
 
     def __init__(
         self,
-        gateway_id: GatewayId,
+        asker: Asker,
         bus: Bus,
         clock: Clock,
         country: str = COUNTRY_UNKNOWN,
         *,
         org_of: OrgOf,
         verify: Verify = card_verifies,
+        verify_kem: KemVerifies | None = None,
     ) -> None:
         metrics = Metrics()
+        gateway_id = asker.hello.gateway_id
         self.bus = bus
-        self.exchange = Exchange(gateway_id, bus, clock)
+        self.sessions = Sessions(asker, bus, clock, lambda node_id: self.roster.kem(node_id), verify_kem or kem_check(clock))
+        self.exchange = Exchange(bus, clock, self.sessions)
         self.exchange.refused = metrics.answer_refused
         self.roster = Roster(gateway_id, bus, clock, verify=verify, org_of=org_of, refused=metrics.card_refused)
         self.distances = distances_of(self.exchange, self.roster, bus, clock, country)
-        self.keys = Keys(bus, clock)
+        self.keys = Keys(gateway_id, bus, clock)
         self.calls = Calls(self.exchange, self.roster, clock, metrics)
         self.history = History(clock)
         self.prices = Prices(bus)
@@ -64,6 +69,10 @@ class Gateway:
         self.spending = SpendingReports(gateway_id, self.calls.purses, bus, clock)
         self.api = Api(gateway_id, self.calls, self.keys, self.roster, self.history, clock, metrics, country, self.prices, self.demand)
         self._admin: Any = make_admin(Admin(self.exchange, self.roster, self.keys, bus, clock, metrics))
+
+    def renewed(self, enrolled: Enrolled) -> None:
+        """The hub vouches for us anew."""
+        self.sessions.asker = self.sessions.asker.renewed(enrolled.membership, enrolled.expires_at_s)
 
     async def app(self, scope: Scope, receive: Receive, send: Send) -> None:
         """The hot paths go straight to the API, everything else to Litestar."""
@@ -126,8 +135,10 @@ async def run_gateway(settings: Settings, hub: str, invited: Invitation | None, 
         gateway_id = GatewayId(joined.credentials.key.public)
         bus = NatsBus(joined.address, joined.credentials, gateway_id, reach=joined.reach)
         await bus.connect()
-        gateway = Gateway(gateway_id, bus, clock, settings.organisation.country, org_of=vouched_by(joined.authority, clock))
-        renewal = Renewal("gateway", joined, bus, clock)
+        hello = Hello(gateway_id=gateway_id, org_id=joined.org_id, member_until_s=joined.member_until_s, membership=joined.membership)
+        asker = Asker(hello, joined.credentials.key.sign, is_hubs=joined.org_id == joined.hub_org_id)
+        gateway = Gateway(asker, bus, clock, settings.organisation.country, org_of=vouched_by(joined.authority, clock))
+        renewal = Renewal("gateway", joined, bus, clock, gateway.renewed)
 
         async def drain() -> None:
             held.close()

@@ -2,6 +2,7 @@
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from fallow.apps.gateway.conversation import UNTAKEN, Untaken
 from fallow.apps.gateway.errors import TABLE
 from fallow.core import cards
 
@@ -24,7 +25,7 @@ class Metrics:
         refused = Counter("fallow_cards_refused", "Nodes' cards that weren't believed, by reason.", ["reason"], registry=self.registry)
         self._cards_refused = {reason: refused.labels(reason) for reason in cards.REASONS}
         answers = Counter("fallow_answers_refused", "Nodes' answers that weren't taken, by reason.", ["reason"], registry=self.registry)
-        self._answers_refused = {reason: answers.labels(reason) for reason in ("not_asked", "malformed", "too_much")}
+        self._answers_refused = {reason: answers.labels(reason) for reason in UNTAKEN}
         self.under_way = Gauge("fallow_calls_under_way", "Calls that are being answered.", registry=self.registry)
         self.nodes = Gauge("fallow_nodes", "Nodes on the roster.", registry=self.registry)
         self._by_status: dict[int, Counter] = {}
@@ -47,7 +48,7 @@ class Metrics:
     def card_refused(self, reason: cards.Reason) -> None:
         self._cards_refused[reason].inc()
 
-    def answer_refused(self, reason: str) -> None:
+    def answer_refused(self, reason: Untaken) -> None:
         self._answers_refused[reason].inc()
 
     def text(self) -> bytes:

@@ -1,6 +1,6 @@
 """Two attempts of one call: whose answer begins first is heard, and the other is told to stop."""
 
-from fallow.apps.gateway.exchange import Conversation
+from fallow.apps.gateway.conversation import Conversation
 from fallow.core import relay
 
 

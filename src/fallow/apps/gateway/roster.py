@@ -21,7 +21,7 @@ from fallow.wire import codec, subjects
 from fallow.wire.sign import card_verifies
 
 NODES_MAX = 10_000
-AWAY = frozenset({"node_unreachable", "node_silent"})
+AWAY = frozenset({"node_unreachable", "node_silent", "not_opened"})
 """Failures that say that the node may be gone. Whether it is, its heartbeats tell."""
 
 log = logging.getLogger("fallow.gateway")
@@ -200,10 +200,6 @@ class Roster:
         """Something that a node's standing follows from."""
         self.market.told(node_id, event, now_s=self._clock.now_ms() / 1000)
 
-    def standing(self, node_id: NodeId) -> standings.Standing:
-        """What is thought of a node now."""
-        return self.market.standings.of(node_id, self._clock.now_ms() / 1000)
-
     def _suspect(self, node_id: NodeId, suspected: bool) -> None:
         if suspected == (node_id in self._suspected):
             return
@@ -221,6 +217,11 @@ class Roster:
     def card(self, node_id: NodeId) -> Card | None:
         member = self._members.get(node_id)
         return member.card if member else None
+
+    def kem(self, node_id: NodeId) -> m.KemKey | None:
+        """The key to which a session with the node is sealed, as it said last; whether the node signed it isn't checked here."""
+        member = self._members.get(node_id)
+        return member.kem if member else None
 
     def members(self) -> dict[NodeId, core.Member]:
         return dict(self._members)

@@ -87,6 +87,7 @@ class EnrolDesk:
         open_to: OrgId | None,
         vouch: Vouch,
         authority: str,
+        hub_org_id: OrgId = OrgId(""),  # noqa: B008  (a text)
         life_s: int = LIFE_S,
         limits: JoinLimits = JoinLimits(),  # noqa: B008  (frozen)
         count: Count = uncounted,
@@ -98,6 +99,7 @@ class EnrolDesk:
         self._open_to = open_to
         self._vouch = vouch
         self._authority = authority
+        self._hub_org_id = hub_org_id
         self._life_s = life_s
         self._guests = Turnstile(limits)
         self._members = Turnstile(RENEWALS)
@@ -220,7 +222,12 @@ class EnrolDesk:
             log.warning("no credential could be made: %s", error)
             raise _Refused("no_issue", BUSY_MS) from None
         return m.Enrolled(
-            credential=credential, org_id=member.org_id, expires_at_s=expires_at_s, membership=membership, authority=self._authority
+            credential=credential,
+            org_id=member.org_id,
+            expires_at_s=expires_at_s,
+            membership=membership,
+            authority=self._authority,
+            hub_org_id=self._hub_org_id,
         )
 
 

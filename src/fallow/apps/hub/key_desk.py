@@ -26,9 +26,13 @@ log = logging.getLogger("fallow.hub")
 
 
 class KeyDesk:
-    """Answers gateways' questions about API keys, and says when an answer no longer holds."""
+    """Answers gateways' questions about API keys, and says when an answer no longer holds.
 
-    def __init__(self, bus: Bus, registry: Registry, clock: Clock) -> None:
+    Gateways of `hub_org` speak for the callers of all organisations, others for those of their own.
+    """
+
+    def __init__(self, bus: Bus, registry: Registry, clock: Clock, hub_org: OrgId) -> None:
+        self._hub_org = hub_org
         self._bus = bus
         self._registry = registry
         self._clock = clock
@@ -109,12 +113,12 @@ class KeyDesk:
             return
         assert self._group is not None, "queries come only while the hub runs"
         self._waiting += 1
-        self._group.create_task(self._answer(delivery.reply, query.key_digest))
+        self._group.create_task(self._answer(delivery.reply, query.key_digest, subjects.last_token(delivery.subject)))
 
-    async def _answer(self, subject: str, digest: bytes) -> None:
+    async def _answer(self, subject: str, digest: bytes, gateway: str) -> None:
         try:
             async with self._turn:
-                answer = codec.encode(await asyncio.to_thread(self._look_up, digest))
+                answer = codec.encode(await asyncio.to_thread(self._look_up, digest, gateway))
             if len(answer) > subjects.KEY.payload_bytes_max:
                 raise WireError(f"{len(answer)} bytes of {subjects.KEY.payload_bytes_max}")
             await self._bus.publish(subject, answer)
@@ -127,11 +131,14 @@ class KeyDesk:
         finally:
             self._waiting -= 1
 
-    def _look_up(self, digest: bytes) -> m.KeyAnswer:
+    def _look_up(self, digest: bytes, gateway: str) -> m.KeyAnswer:
         """In a thread: what the key allows now."""
         key = self._registry.keys.find(digest)
         if key is None:
             return m.KeyAnswer()
+        member = self._registry.members.named(gateway)
+        if member is None or member.org_id not in (key.org_id, self._hub_org):
+            return m.KeyAnswer(elsewhere=True)
         now_ms = self._clock.wall_ms()
         partners = membership.partners_of(key.org_id, self._agreements.signed(), now_ms)
         spent = {} if key.budget_micro is None else self._registry.spending.totals([key.id])

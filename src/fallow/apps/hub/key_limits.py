@@ -13,7 +13,7 @@ from fallow.model.call import PER_MINUTE_MAX, WEIGHT_MAX, Allowance
 from fallow.model.errors import BadFlag
 from fallow.model.identity import ApiKey
 from fallow.model.ids import OrgId
-from fallow.model.needs import HardwareKind, Isolation, Policy, Prefer, Ring
+from fallow.model.needs import HardwareKind, Isolation, Policy, Prefer, Privacy, Ring
 from fallow.wire import complaint
 
 LIMITS_BYTES_MAX = 8 * 1024
@@ -55,9 +55,10 @@ class Wishes(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     weight: Annotated[float, Meta(ge=1 / WEIGHT_MAX, le=WEIGHT_MAX)] | None = None
     models: Annotated[tuple[Annotated[str, Meta(min_length=1, max_length=200)], ...], Meta(max_length=64)] | None = None
     budget: Usd | None = None
+    privacy: Privacy | None = None
 
 
-_KINDS: dict[str, Any] = {"rings": Ring, "hardware": HardwareKind, "isolation": Isolation, "prefer": Prefer}
+_KINDS: dict[str, Any] = {"rings": Ring, "hardware": HardwareKind, "isolation": Isolation, "prefer": Prefer, "privacy": Privacy}
 _CHOICES = {name: f"; it may be {', '.join(get_args(kind))}" for name, kind in _KINDS.items()}
 
 
@@ -91,6 +92,7 @@ def wished(limits: Limits, wishes: Wishes) -> Limits:
         "regions": _set(wishes.regions),
         "countries": _set(wishes.countries),
         "prefer": wishes.prefer,
+        "privacy": wishes.privacy,
     }
     allowance = {
         "concurrency_max": wishes.concurrency,

@@ -91,11 +91,12 @@ class Hub:
             open_to=open_to,
             vouch=self._operator.vouch,
             authority=self._operator.authority,
+            hub_org_id=OrgId(self._settings.organisation.id),
             life_s=self._life_s,
             count=self._refusals.count,
         )
         cards = CardDesk(self._registry.cards, self._clock)
-        keys = KeyDesk(self.bus, self._registry, self._clock)
+        keys = KeyDesk(self.bus, self._registry, self._clock, OrgId(self._settings.organisation.id))
         whose = vouched_by(self._operator.authority, self._clock)
         roster = HubRoster(self.bus, self._clock, org_of=whose, on_card=cards.take, count=self._refusals.count)
         prices = PriceDesk(self.bus, roster, PriceRecord(self._settings.data), self._clock)

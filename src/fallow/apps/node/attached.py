@@ -283,6 +283,7 @@ class PassedAnswer:
     def __init__(self, answer: HttpAnswer) -> None:
         self._answer = answer
         self.usage: Usage | None = None
+        self.tokens: tuple[int, ...] = ()
 
     def head(self) -> Head:
         head = self._answer.head
@@ -291,16 +292,20 @@ class PassedAnswer:
         return msgspec.structs.replace(head, content_type=JSON)  # some servers tell no type, and gateways want a printable one
 
     async def pieces(self) -> AsyncGenerator[Piece, None]:
-        tail = b""
+        tail = held = b""
+        is_stream = self._answer.head.content_type.startswith(EVENTS)
         async for chunk in self._answer.body():
             tail = (tail + chunk)[-TAIL_BYTES:] if tail else chunk
+            chunk, held = held + chunk, b""
             if self._answer.is_complete:
-                self.usage = find_usage(tail, events=self._answer.head.content_type.startswith(EVENTS))
-                yield Piece(chunk, is_last=True)
-                return
-            yield Piece(chunk)
-        self.usage = find_usage(tail, events=self._answer.head.content_type.startswith(EVENTS))
-        yield Piece(b"", is_last=True)
+                held = chunk
+                break
+            if is_stream and chunk.endswith(sse.DONE):
+                held = chunk  # what says that all came goes with the last message: who lacks that isn't told so
+            else:
+                yield Piece(chunk)
+        self.usage = find_usage(tail, events=is_stream)
+        yield Piece(held, is_last=True)
 
 
 def find_usage(tail: bytes, *, events: bool) -> Usage | None:

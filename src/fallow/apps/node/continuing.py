@@ -59,22 +59,26 @@ class ContinuedAnswer:
         self._head = head
         self._past = past
         self.usage: Usage | None = None
+        self.tokens: tuple[int, ...] = ()
 
     def head(self) -> Head:
         return self._head
 
     async def pieces(self) -> AsyncGenerator[Piece, None]:
-        cutter = sse.EventCutter()
+        cutter, held = sse.EventCutter(), b""
         async for chunk in self._answer.body():
             events = [event for event in cutter.feed(chunk) if not _is_opening(event)]
             for event in events:
                 if b'"usage"' in event:
                     self._note(event)
-            if events:
-                yield Piece(b"".join(events))
+            said, held = held + b"".join(events), b""
+            if self._answer.is_complete or said.endswith(sse.DONE):
+                held = said  # what says that all came goes with the last message
+            elif said:
+                yield Piece(said)
             if self._answer.is_complete:
                 break
-        yield Piece(b"", is_last=True)
+        yield Piece(held, is_last=True)
 
     def _note(self, event: bytes) -> None:
         """What was delivered before counts as written, not as read."""

@@ -170,6 +170,7 @@ class WholeAnswer:
     def __init__(self, body: bytes, usage: Usage) -> None:
         self._body = body
         self.usage: Usage | None = usage
+        self.tokens: tuple[int, ...] = ()
 
     def head(self) -> Head:
         return Head(status=200, content_type=JSON, engine_us=0)

@@ -3,17 +3,21 @@
 import asyncio
 import contextlib
 import logging
+from collections.abc import AsyncGenerator
 
 import msgspec
 
+from fallow.apps.node import pacing
 from fallow.apps.node.outlet import Outlet
-from fallow.apps.node.served import Answer, Past, Refused, Served
+from fallow.apps.node.served import Answer, Past, Piece, Refused, Served
 from fallow.core import credit
 from fallow.core.slots import Asker
 from fallow.model import messages as m
-from fallow.model.errors import BodyLost, BrokerLost, Failure, FallowError
+from fallow.model.errors import BodyLost, BrokerLost, Failure, FallowError, NotOpened
 from fallow.model.receipt import Usage
 from fallow.ports import Clock
+from fallow.wire import codec
+from fallow.wire.commitment import Commitment
 
 BODY_WAIT_S = 15.0
 """How long the next part of a body may take."""
@@ -32,15 +36,31 @@ class Job:
         self._body = bytearray(request.body)
         self._body_granted = credit.BODY_WINDOW_BYTES
         self._arrived = asyncio.Event()
+        self._gathers = True
         self.leased_at_ms = clock.now_ms()
         self.task: asyncio.Task[None] | None = None
         self.usage: Usage | None = None
 
-    def take_body(self, part: m.BodyPart) -> None:
-        """More of the body; what doesn't follow on is dropped, and the wait for it runs out."""
+    def take_body(self, sealed: m.Sealed) -> None:
+        """More of the body; what doesn't follow on is dropped, and the wait for it runs out. Raises WireError if it can't be read."""
+        if not self._gathers:
+            return
+        try:
+            data = self.outlet.channel.open(sealed.index, sealed.box)
+        except NotOpened as error:
+            if error.reason == "replayed":
+                return
+            raise
+        part = codec.body_part.read(data)
         if part.offset == len(self._body) and len(self._body) + len(part.data) <= self.request.body_bytes:
             self._body += part.data
             self._arrived.set()
+
+    async def end(self, failure: Failure) -> None:
+        """Give the attempt up, and say why."""
+        await self._fail(failure)
+        if self.task is not None:
+            self.task.cancel()
 
     def renew(self) -> None:
         """The gateway still waits for this."""
@@ -59,8 +79,10 @@ class Job:
 
     async def _work(self) -> None:
         await self._gather()
+        self._gathers = False
         body = bytes(self._body)
         self._body.clear()
+        self.outlet.commitment = Commitment(self.request.attempt_id, body, self.request.model_digest)
         asker = Asker(org_id=self.request.org_id, key_id=self.request.key_id)
         # what can't be answered is refused before anything loads
         asking = self.served.ask(self.request.path, body, asker, _past(self.request))
@@ -92,18 +114,27 @@ class Job:
 
     async def _relay(self, answer: Answer, asked_us: int) -> None:
         head: m.Head | None = answer.head()
-        async with contextlib.aclosing(answer.pieces()) as pieces:
+        async with contextlib.aclosing(answer.pieces()) as written, contextlib.aclosing(self._paced(written)) as pieces:
             async for piece in pieces:
                 if head is not None and (piece.is_last or not head.engine_us):
                     head = msgspec.structs.replace(head, engine_us=_now_us() - asked_us)
                 if piece.is_last:
                     self.usage = answer.usage
-                    await self.outlet.finish(piece.data, head, answer.usage)
+                    await self.outlet.finish(piece.data, head, answer.usage, answer.tokens)
                     log.info("attempt done: %s", answer.usage)
                     return
                 if piece.data:
                     await self.outlet.part(piece.data, head)
                     head = None
+
+    def _paced(self, pieces: AsyncGenerator[Piece, None]) -> AsyncGenerator[Piece, None]:
+        match self.request.privacy:
+            case "plain":
+                return pieces
+            case "padded":
+                return pacing.stepped(pieces)
+            case "whole":
+                return pacing.gathered(pieces)
 
     async def _fail(self, failure: Failure) -> None:
         log.info("attempt failed: %s", failure.code)

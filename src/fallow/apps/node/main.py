@@ -25,6 +25,7 @@ from fallow.apps.node.loading import Loader
 from fallow.apps.node.node import Node
 from fallow.apps.node.owner_side import OwnerSide
 from fallow.apps.node.room import Room
+from fallow.apps.node.seals import vouched_by
 from fallow.apps.node.served import Served
 from fallow.apps.run import NODE_DRAIN_S, Stop, tell_draining, tell_ready
 from fallow.apps.settings import Settings
@@ -100,7 +101,8 @@ async def _join(settings: Settings, joining: Joining, owner: OwnerSide, lent: "L
     await bus.connect()
     try:
         await owner.asking.start(bus, card.hardware.kind)
-        node = Node(card, lent.served, bus, clock, joined.credentials.key.sign)
+        speaks = vouched_by(joined.authority, joined.hub_org_id, clock)
+        node = Node(card, lent.served, bus, clock, joined.credentials.key.sign, speaks, settings.network.suite)
         closing = asyncio.Event()
         async with asyncio.TaskGroup() as group:
             serving = group.create_task(node.run(closing), name="node")

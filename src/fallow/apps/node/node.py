@@ -12,11 +12,12 @@ from fallow.apps.node.job import Job
 from fallow.apps.node.jobs import Jobs, quietly
 from fallow.apps.node.outlet import Outlet
 from fallow.apps.node.pulse import Pulse
+from fallow.apps.node.seals import DEFAULT_SUITE, Seals, Speaks
 from fallow.apps.node.served import Served
 from fallow.core import admit
 from fallow.model import messages as m
 from fallow.model.card import Card
-from fallow.model.errors import BrokerLost, Failure, WireError
+from fallow.model.errors import BrokerLost, Failure, NotOpened, WireError
 from fallow.model.ids import AttemptId
 from fallow.model.owner import Refusals, Verdict
 from fallow.ports import Bus, Clock, Delivery
@@ -31,16 +32,22 @@ log = logging.getLogger("fallow.node")
 
 
 class Node:
-    """One machine with the models it serves. `sign` is of the key whose public half is the card's `node_id`."""
+    """One machine with the models it serves. `sign` is of the key whose public half is the card's `node_id`.
 
-    def __init__(self, card: Card, served: Sequence[Served], bus: Bus, clock: Clock, sign: Sign) -> None:
+    `speaks` tells for whom the gateways that open sessions may speak.
+    """
+
+    def __init__(
+        self, card: Card, served: Sequence[Served], bus: Bus, clock: Clock, sign: Sign, speaks: Speaks, suite: m.SuiteName = DEFAULT_SUITE
+    ) -> None:
         self.card = card
         self._served = {one.model: one for one in served}
         self._bus = bus
         self._clock = clock
         self.jobs = Jobs(clock)
         self._is_leaving = False
-        self.pulse = Pulse(card, served, self.jobs.running, bus, clock, sign)
+        self.seals = Seals(card.node_id, sign, speaks, clock, suite)
+        self.pulse = Pulse(card, served, self.jobs.running, bus, clock, sign, self.seals)
         self._group: asyncio.TaskGroup | None = None
         self._refusals = Refusals()
 
@@ -104,9 +111,7 @@ class Node:
         """First the heartbeat, so that no gateway sends the same call here again."""
         await quietly(functools.partial(self.pulse.beat, full=False))
         for job in jobs:
-            await quietly(functools.partial(job.outlet.fail, admit.yielding()))
-            if job.task is not None:
-                job.task.cancel()
+            await job.end(admit.yielding())
 
     def renewed(self, enrolled: m.Enrolled) -> None:
         """The hub vouches for us anew."""
@@ -129,19 +134,27 @@ class Node:
         if self._group is None:
             return  # we have left; the asker's silence timer sees to it
         try:
-            request = codec.request.read(delivery.data)
+            request, channel = self.seals.open(codec.sealed_request.read(delivery.data))
+            # The answer goes where the subject table says, not where the request asks: a reply subject is a stranger's word.
+            subject = subjects.answer(request.gateway_id, self.card.node_id, request.attempt_id)
+        except NotOpened as error:
+            log.warning("a call could not be opened: %s", error)
+            runs = self.jobs.find(AttemptId(subjects.last_token(delivery.reply))) is not None
+            if error.reason != "replayed" or not runs:  # what was sent twice on the way runs already, and its gateway must not send it anew
+                self._spawn(self._answer(delivery.reply, m.Unopened(reason=error.reason)))
+            return
         except WireError as error:
-            self._spawn(self._answer(delivery.reply, m.Final(index=0, failure=error.failure())))
+            self._spawn(self._answer(delivery.reply, _refusal(delivery.data, error)))
             return
         if self.jobs.find(request.attempt_id) is not None:
             return  # the same request twice
+        channel.pads = request.privacy != "plain"
+        outlet = Outlet(self._bus, subject, channel, self._clock)
         refusal = self._admit(request)
         if refusal is not None:
-            self._spawn(self._answer(delivery.reply, m.Final(index=0, failure=refusal)))
+            self._spawn(quietly(functools.partial(outlet.fail, refusal)))
             return
-        # The answer goes where the subject table says, not where the request asks: a reply subject is a stranger's word.
-        subject = subjects.answer(request.gateway_id, self.card.node_id, request.attempt_id)
-        job = Job(request, self._served[request.model], Outlet(self._bus, subject, self._clock), self._clock)
+        job = Job(request, self._served[request.model], outlet, self._clock)
         self.jobs.start(job, self._group)
         asyncio.get_running_loop().call_later(ACCEPTED_AFTER_S, self._accept, job)
 
@@ -156,12 +169,11 @@ class Node:
             waiting_max=served.waiting_max if served else 0,
             bodies_bytes=self.jobs.bodies_bytes,
         )
-        try:
-            subjects.answer(request.gateway_id, self.card.node_id, request.attempt_id)
-        except WireError as error:
-            return error.failure()
         offered = {name: one.paths - self._refusals.paths for name, one in self._served.items() if name not in self._refusals.models}
-        return admit.admit(request, desk, offered)
+        refusal = admit.admit(request, desk, offered)
+        if refusal is not None or served is None:
+            return refusal
+        return admit.terms(request, model_digest=served.digest, asked=self.pulse.prices(request.model))
 
     def _accept(self, job: Job) -> None:
         if self._group is not None and not job.outlet.has_said and job.task is not None and not job.task.done():
@@ -172,15 +184,18 @@ class Node:
         if job is None:
             return
         try:
-            job.take_body(codec.body_part.read(delivery.data))
-        except WireError as error:
-            log.warning("a body's part was dropped: %s", error)
+            job.take_body(codec.sealed_body.read(delivery.data))
+        except WireError:
+            # Altered on the way: the rest would be waited for in vain, and that would look like the node's fault.
+            altered = NotOpened("a part of the call's body was altered on the way")
+            self._spawn(job.end(altered.failure()))
 
     def _on_control(self, delivery: Delivery) -> None:
         try:
             message = codec.to_node.read(delivery.data)
         except WireError as error:
             log.warning("a control message was dropped: %s", error)
+            self._spawn(self._answer(delivery.reply, m.Unopened(reason="altered")))  # so that nobody waits for an answer to a hello
             return
         match message:
             case m.Cancel():
@@ -199,13 +214,16 @@ class Node:
             case m.Introduce():
                 self.pulse.introduce()
             case m.Ping():
-                lost = Failure(code="attempt_lost", message="the node doesn't know this attempt any more")
                 is_here = self.jobs.find(message.attempt_id) is not None
-                self._spawn(self._answer(delivery.reply, m.Alive() if is_here else m.Final(index=0, failure=lost)))
+                self._spawn(self._answer(delivery.reply, m.Alive() if is_here else m.Lost()))
+            case m.Hello():
+                answer = self.seals.welcome(message)
+                if answer is not None:
+                    self._spawn(self._answer(delivery.reply, answer))
 
-    async def _answer(self, subject: str, message: m.Final | m.Alive) -> None:
+    async def _answer(self, subject: str, message: m.Message | bytes) -> None:
         async def say() -> None:
-            await self._bus.publish(subject, codec.encode(message))
+            await self._bus.publish(subject, message if isinstance(message, bytes) else codec.encode(message))
 
         if subject.startswith("rsp."):
             await quietly(say)
@@ -213,3 +231,10 @@ class Node:
     def _spawn(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
         assert self._group is not None, "messages come only while the node runs"
         return self._group.create_task(work)
+
+
+def _refusal(data: bytes, error: WireError) -> m.Message | bytes:
+    """What a gateway is told whose request can't be read: in its own words if it is so old that it doesn't seal."""
+    if data[:1] == bytes([codec.UNSEALED_MAJOR]):
+        return codec.unsealed_refusal(Failure(code=error.code, message="this node takes sealed calls only; update the gateway"))
+    return m.Unopened(reason="altered")

@@ -30,6 +30,8 @@ class Answer(Protocol):
     """A call's answer in the form that the caller gets."""
 
     usage: Usage | None
+    tokens: tuple[int, ...]
+    """What the engine wrote, as its own numbers, once it is written; empty if it doesn't tell them."""
 
     def head(self) -> Head: ...
 
@@ -66,6 +68,8 @@ class Served(Protocol):
     waiting_max: int
     gate: asyncio.Semaphore
     paths: frozenset[str]
+    digest: str
+    """Of the weights; empty where they aren't ours."""
     calls: int
     """How many run or wait here."""
 
@@ -104,7 +108,7 @@ class Lane:
         self.paths = paths
         self.calls = 0
         self._context_tokens = context_tokens
-        self._digest = digest
+        self.digest = digest
         self._speed = speed or Speed()
         self.price = price or Price()
         self._family = family
@@ -116,7 +120,7 @@ class Lane:
             model=self.model,
             paths=self.paths,
             context_tokens=self._context_tokens,
-            model_digest=self._digest,
+            model_digest=self.digest,
             speed=self._speed,
             price=self.price,
             slots=self.slots,

@@ -56,6 +56,7 @@ class TextAnswer:
         self._writing = writing
         self._served = served
         self.usage: Usage | None = None
+        self.tokens: tuple[int, ...] = ()
 
     def head(self) -> Head:
         return Head(status=200, content_type=EVENTS if self._endpoint.stream else JSON, engine_us=0)
@@ -76,7 +77,7 @@ class TextAnswer:
                 begun = True
                 if data := opening + b"".join([endpoint.write(event) for event in events]):
                     yield Piece(data)
-        self.usage = self._writing.usage
+        self.usage, self.tokens = self._writing.usage, self._writing.tokens
         yield Piece((b"" if begun else endpoint.begin()) + endpoint.end(self.usage), is_last=True)
 
     def _go_on(self) -> bool:
@@ -93,7 +94,7 @@ class TextAnswer:
         async with contextlib.aclosing(self._writing.run(self._served.supervisor.moved)) as written:
             async for some in written:
                 events += some
-        self.usage = self._writing.usage
+        self.usage, self.tokens = self._writing.usage, self._writing.tokens
         yield Piece(self._endpoint.whole(events, self.usage), is_last=True)
 
 

@@ -56,6 +56,7 @@ class Writing:
         self._seats = seats
         self._asker = asker
         self._usage: Usage | None = None
+        self.tokens: tuple[int, ...] = ()
         self._moved: Callable[[], None] = lambda: None
         self._constraint: json_schema.Constraint | None = None
         if generation.tools:
@@ -143,6 +144,8 @@ class Writing:
                         break
                 else:
                     raise EngineFailed("the engine stopped in the middle of its answer")
+            if choices == 1 and stream.is_whole:
+                self.tokens += tuple(stream.token_ids)
             self._count(stream.usage if stream.is_whole else stream.timed, is_new_prompt=bool(asked.prompts) and not done)
             done += seated
 
