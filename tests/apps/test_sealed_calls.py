@@ -556,7 +556,7 @@ async def test_a_node_commits_to_what_it_wrote() -> None:
 async def test_the_last_message_has_room_for_the_tokens(size: int, tokens: int, parts: int, told: int, pads: bool) -> None:
     """Whatever their numbers are, and however full it is."""
     broker = Overheard()
-    node, gateway = Channel(bytes(32), b"x" * 32), Channel(b"x" * 32, bytes(32))
+    node, gateway = Channel(bytes(32), is_nodes=True), Channel(bytes(32), is_nodes=False)
     node.pads = pads
     outlet = Outlet(MemoryBus(broker), "rsp.a.b.c", node, FakeClock())
     commitments = [Commitment(request_of("one").attempt_id, b"{}", "") for _ in range(2)]

@@ -84,11 +84,10 @@ def answer() -> tuple[m.Part, m.Final]:
 
 def call(session: bytes, chain: bytes, number: int, messages: dict[str, list[m.Message]], *, pads: bool) -> dict[str, Any]:
     """A call's keys, and what is sealed with them."""
-    key = seal._expand(chain, b"call")
-    keys = {"to node": seal._expand(key, b"to node"), "to gateway": seal._expand(key, b"to gateway")}
+    (key,), _ = seal._steps(chain, 1)
     told = []
     for direction, said in messages.items():
-        channel = seal.Channel(keys[direction], keys[direction])
+        channel = seal.Channel(key, is_nodes=direction == "to gateway")
         channel.pads = pads
         for one in said:
             index, box = channel.seal(codec.encode(one))
@@ -102,8 +101,6 @@ def call(session: bytes, chain: bytes, number: int, messages: dict[str, list[m.M
     return {
         "number": number,
         "key": key.hex(),
-        "to_node": keys["to node"].hex(),
-        "to_gateway": keys["to gateway"].hex(),
         "messages": told,
     }
 
@@ -135,7 +132,7 @@ def session(suite: m.SuiteName) -> dict[str, Any]:
     root = seal._root(hello, NodeId(node.public), share, secret, agreed)
     chains = [seal._expand(root, b"chain")]
     for _ in range(2):
-        chains.append(seal._expand(chains[-1], b"next"))
+        chains.append(seal._steps(chains[-1], 1)[1])
     welcomed = m.Welcome(share=share, confirm=seal._expand(root, b"confirm"))
     part, final = answer()
     plain: dict[str, list[m.Message]] = {"to node": [request(gateway.public, "plain")], "to gateway": [part, final]}

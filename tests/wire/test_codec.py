@@ -296,7 +296,7 @@ def test_what_the_broker_would_not_carry_is_not_encoded(over: int) -> None:
 
 @pytest.mark.parametrize("pads", [False, True])
 def test_a_whole_part_fits_with_its_envelope(pads: bool) -> None:
-    channel = Channel(bytes(32), bytes(32))
+    channel = Channel(bytes(32), is_nodes=True)
     channel.pads = pads
     part = replace(SAMPLES[m.Part], data=bytes(PART_BYTES_MAX))
     body_part = replace(SAMPLES[m.BodyPart], data=bytes(PART_BYTES_MAX))

@@ -8,14 +8,13 @@ break X25519 one day still lacks the secret. A chain of keys follows, of which e
     th      = SHA-256(lp("fallow/seal/v1 session", hello's bytes, hello's signature, node's X25519 key))
     root    = HMAC-SHA-256(th, secret || X25519(gateway's, node's))            HKDF-Extract, RFC 5869
     confirm = expand(root, "confirm"),  chain 0 = expand(root, "chain")        expand(k, i) = HMAC-SHA-256(k, i || 0x01): HKDF-Expand
-    call n  = expand(chain n, "call"),  chain n+1 = expand(chain n, "next")
-    call n's two directions: expand(call n, "to node") and expand(call n, "to gateway"), each a key of ChaCha20-Poly1305 (RFC 8439)
+    call n || chain n+1 = HMAC-SHA-512(chain n, "call" || 0x01)                 HKDF-Expand to 64 bytes, of which a call takes 32
 
-Message i of a direction has the nonce i (12 bytes, big-endian), and no key is used for anything else. `lp` is each part after its length
-in 4 bytes, big-endian. Who the two are is in the hello's bytes, and so in every key: a message is good for this gateway, node, call,
-direction and place only, and opens once. The secret's HPKE `info` names both, the session, the suite and the whole KEM key, so none of
-them can be exchanged for another. Python can't wipe memory: keys are dropped as soon as they have done their part.
-All of it byte by byte, with known answers: docs/protocol/sealing.md.
+A call's key is one of ChaCha20-Poly1305 (RFC 8439). The nonce of message i of a direction is 0 (to the node) or 1 (to the gateway) in one
+byte and i in 11, big-endian; no key is used for anything else. `lp` is each part after its length in 4 bytes, big-endian. Who the two are
+is in the hello's bytes, and so in every key: a message is good for this gateway, node, call, direction and place only, and opens once. The
+secret's HPKE `info` names both, the session, the suite and the whole KEM key, so none of them can be exchanged for another. Python can't
+wipe memory: keys are dropped as soon as they have done their part. All of it byte by byte, with known answers: docs/protocol/sealing.md.
 """
 
 import hashlib
@@ -38,6 +37,7 @@ from fallow.wire.sign import Sign
 LABEL = b"fallow/seal/v1"
 SECRET_BYTES = 32
 SESSION_BYTES = 16
+KEY_BYTES = 32
 KID_BYTES = 8
 SKIPPED_MAX = 256
 """Calls of a session that may be overtaken by later ones. Who skips more needs a new session."""
@@ -51,6 +51,7 @@ BUCKETS = (256, 1024, 4096, 16384)
 _KEMS: dict[SuiteName, KEM] = {"mlkem768-x25519": KEM.MLKEM768_X25519, "x25519": KEM.X25519}
 _PUBLIC_BYTES: dict[SuiteName, int] = {"mlkem768-x25519": 1184 + 32, "x25519": 32}
 _MLKEM_SEED_BYTES = 64
+_TO_NODE, _TO_GATEWAY = b"\x00", b"\x01"
 
 
 def lp(*parts: bytes) -> bytes:
@@ -163,9 +164,9 @@ def unpadded(data: bytes) -> bytes:
 class Channel:
     """One call, as one of its two ends holds it."""
 
-    def __init__(self, own: bytes, others: bytes) -> None:
-        self._own = ChaCha20Poly1305(own)
-        self._others = ChaCha20Poly1305(others)
+    def __init__(self, key: bytes, *, is_nodes: bool) -> None:
+        self._cipher = ChaCha20Poly1305(key)
+        self._own, self._others = (_TO_GATEWAY, _TO_NODE) if is_nodes else (_TO_NODE, _TO_GATEWAY)
         self._next = 0
         self._heard = -1
         self.pads = False
@@ -175,14 +176,14 @@ class Channel:
         """The place of the next message in this direction, and the message for the other side alone."""
         index = self._next
         self._next += 1
-        return index, self._own.encrypt(index.to_bytes(12, "big"), padded(data, to_buckets=self.pads), None)
+        return index, self._cipher.encrypt(self._own + index.to_bytes(11, "big"), padded(data, to_buckets=self.pads), None)
 
     def open(self, index: int, box: bytes) -> bytes:
         """What the other side sealed at this place; raises NotOpened if it didn't, or if this place or a later one was opened before."""
         if index <= self._heard:
             raise NotOpened("this message was here before, or was overtaken", reason="replayed")
         try:
-            data = self._others.decrypt(index.to_bytes(12, "big"), box, None)
+            data = self._cipher.decrypt(self._others + index.to_bytes(11, "big"), box, None)
         except (InvalidTag, OverflowError):
             raise NotOpened("a sealed message was altered on the way, or isn't in its place") from None
         self._heard = index
@@ -193,8 +194,9 @@ def _steps(chain: bytes, count: int) -> tuple[list[bytes], bytes]:
     """The keys of a chain's next calls, and the chain after them."""
     keys = []
     for _ in range(count):
-        keys.append(_expand(chain, b"call"))
-        chain = _expand(chain, b"next")
+        both = hmac.digest(chain, b"call\x01", "sha512")
+        keys.append(both[:KEY_BYTES])
+        chain = both[KEY_BYTES:]
     return keys, chain
 
 
@@ -214,7 +216,7 @@ class GatewaySession:
         """The next call's number, and its channel."""
         (key,), self._chain = _steps(self._chain, 1)
         self._number += 1
-        return self._number - 1, Channel(_expand(key, b"to node"), _expand(key, b"to gateway"))
+        return self._number - 1, Channel(key, is_nodes=False)
 
 
 class NodeSession:
@@ -253,7 +255,7 @@ class NodeSession:
 
 
 def _opened(key: bytes, box: bytes) -> tuple[bytes, Channel]:
-    channel = Channel(_expand(key, b"to gateway"), _expand(key, b"to node"))
+    channel = Channel(key, is_nodes=True)
     return channel.open(0, box), channel
 
 
