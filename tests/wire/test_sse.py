@@ -83,6 +83,8 @@ def test_payload(event: bytes, payload: bytes) -> None:
 def test_an_event_keeps_its_payload(line: bytes) -> None:
     event = sse.event(line)
     assert EventCutter().feed(event) == [event]
+    for raw, escaped in sse._LINE_ENDS:
+        line = line.replace(raw, escaped)
     assert sse.payload(event) == line.strip()
 
 
