@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 
 # Tests that don't mind others beside them. The rest of the acceptance tests watch what the machine does, and have it to themselves.
 SIDE_BY_SIDE := -n auto --maxprocesses 4 --dist loadfile
-BESIDE := $(wildcard tests/acceptance/test_api_*.py) $(addprefix tests/acceptance/test_,attacks.py budget.py calls.py canary.py \
+BESIDE := $(wildcard tests/acceptance/test_api_*.py) $(addprefix tests/acceptance/test_,attacks.py key_budgets.py calls.py canary.py \
   errors.py examples.py fuzz.py hostile_broker.py idempotency.py identity.py lent_server.py proxy.py quotes.py rolling.py)
 
 .PHONY: setup demo lint test fuzz bench bench-peers lock clean
