@@ -43,8 +43,6 @@ class Conversation:
         self.request: m.Request | None = None
         self.session = b""
         self.channel: seal.Channel | None = None
-        self._opened = -1
-        """The highest place of what came sealed."""
         self._commitment: Commitment | None = None
         self.rest: asyncio.Task[None] | None = None
         """Sends what of the body the request left out."""
@@ -73,32 +71,32 @@ class Conversation:
     def asked(self, request: m.Request, body: bytes, session: bytes, channel: seal.Channel) -> None:
         """The request is about to leave, under this session and through this channel."""
         self.request, self.session, self.channel = request, session, channel
-        self._opened, self.body_until = -1, credit.BODY_WINDOW_BYTES
+        self.body_until = credit.BODY_WINDOW_BYTES
         self._commitment = Commitment(self.attempt.id, body, request.model_digest)
 
     def take(self, sealed: m.Sealed) -> None:
         """Hear what the node sealed; raises Unfit if it isn't from the node, or not what the node may send."""
-        if self.channel is None or self._commitment is None or sealed.index <= self._opened or self.is_over:
-            return  # it was there before, or was overtaken: then it is missing already
+        if self.channel is None or self._commitment is None or self.is_over:
+            return
         try:
             message = codec.inner.read(self.channel.open(sealed.index, sealed.box))
         except NotOpened as error:
+            if error.reason == "replayed":
+                return  # it was there before, or was overtaken: then it is missing already
             raise Unfit("altered", error.message, code=error.code) from None
         except WireError:
             raise Unfit("malformed", "the node sent a message that can't be read") from None
-        self._opened = sealed.index
         if isinstance(message, m.Part | m.Final):
             self.received_bytes += len(message.data)
             if self.received_bytes > self.granted_bytes + subjects.PART_BYTES_MAX:
                 raise Unfit("too_much", "the node sent more than it was granted")
             if message.index == self.relay.next_index:
                 self._commitment.add(message.data)
-        if isinstance(message, m.Final) and message.failure is None and message.index == self.relay.next_index:
-            digest = self._commitment.digest(message.usage, message.tokens)
-            _check(digest, message.digest)
+        if (
+            isinstance(message, m.Final)
+            and message.failure is None
+            and message.index == self.relay.next_index
+            and message.digest != self._commitment.digest(message.usage, message.tokens)
+        ):
+            raise Unfit("not_committed", "the node commits to another answer than the one that came")
         self.hear(message)
-
-
-def _check(ours: bytes, theirs: bytes) -> None:
-    if ours != theirs:
-        raise Unfit("not_committed", "the node commits to another answer than the one that came")
