@@ -85,6 +85,8 @@ class KeyDesk:
                 self._number = None
             before = self._number
             changes = await asyncio.to_thread(self._registry.changes_after, before or 0)
+            if self._number != before:
+                continue  # the connection broke meanwhile: gateways may have missed what was said before
             if before is not None and changes.number == before and not changes.all_of_them:
                 return
             if before is None or changes.all_of_them:
